@@ -1,0 +1,4 @@
+//! Bulk operations on key bytes, with SIMD chosen at run time.
+mod wipe;
+
+pub use wipe::wipe;
