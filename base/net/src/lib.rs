@@ -1,0 +1,1 @@
+//! Mutually authenticated links and the loop that drives any protocol over them.

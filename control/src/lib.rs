@@ -1,0 +1,1 @@
+//! QKDN controller: routes over the Ck interface.

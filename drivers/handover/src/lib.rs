@@ -1,0 +1,1 @@
+//! The formats and the ring that QKD hardware and the bridge share.

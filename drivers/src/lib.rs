@@ -1,0 +1,1 @@
+//! Drivers: from a vendor's hand-over to key blocks.

@@ -1,0 +1,1 @@
+//! Key management agent: agree with the matching node, store, account for every bit, relay.

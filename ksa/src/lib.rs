@@ -1,0 +1,1 @@
+//! Key supply agent: keys for applications.

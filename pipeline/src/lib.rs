@@ -1,0 +1,1 @@
+//! From key blocks to hashed segments without a lock or an allocation.

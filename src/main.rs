@@ -1,0 +1,3 @@
+//! The `qkd-bridge` program.
+
+fn main() {}
