@@ -1,4 +1,34 @@
 //! Bulk operations on key bytes, with SIMD chosen at run time.
-mod wipe;
+//!
+//! One-time-pad XOR, the one-time POLYVAL tag, both in one pass, SHA-256 of many units at once,
+//! and wiping. This crate knows nothing about keys, pads or messages: it sees slices, allocates
+//! nothing that outlives a call but the powers inside a [`TagKey`], and keeps no state.
+//!
+//! # Invariants
+//!
+//! - A [`Backend`] value proves that the CPU has its instructions.
+//! - Every backend gives the same bytes as [`Backend::PORTABLE`], for every length and alignment.
+//! - No branch and no index depends on a byte of the data, only on lengths.
+//! - What a call spills to the stack of key or pad is wiped before it returns. Registers are not.
+//!
+//! ```
+//! use qkd_kernels::Backend;
+//!
+//! let backend = Backend::detect(); // once, at the start
+//! let (mut data, mut pad) = (*b"sixteen byte key", [0x5A; 16]);
+//! let tag_key = backend.tag_key(&[0xA5; 16]);
+//! let tag = tag_key.encrypt_tag_and_wipe(b"header", &mut data, &mut pad);
+//! assert_eq!(tag, tag_key.tag(b"header", &data));
+//! assert_eq!(pad, [0; 16]);
+//! ```
 
+mod backend;
+mod portable;
+mod tag;
+mod wipe;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use backend::Backend;
+pub use tag::TagKey;
 pub use wipe::wipe;

@@ -9,7 +9,7 @@ pub fn wipe(bytes: &mut [u8]) {
 
 /// Makes the compiler believe that `bytes` is read here.
 #[cfg(all(not(miri), any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn keep_stores(bytes: &mut [u8]) {
+pub(crate) fn keep_stores(bytes: &mut [u8]) {
     // SAFETY:
     // - The template is a comment: no instruction runs, no register or flag changes.
     // - Without `nomem` the block counts as a reader of all memory that `bytes` exposes, which is
@@ -21,7 +21,7 @@ fn keep_stores(bytes: &mut [u8]) {
 
 /// Where there is no assembler to hide behind: volatile stores are never dropped.
 #[cfg(not(all(not(miri), any(target_arch = "x86_64", target_arch = "aarch64"))))]
-fn keep_stores(bytes: &mut [u8]) {
+pub(crate) fn keep_stores(bytes: &mut [u8]) {
     for byte in bytes {
         // SAFETY:
         // - `byte` is a live exclusive reference, so it is valid for writes and aligned.

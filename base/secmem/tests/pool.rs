@@ -10,7 +10,7 @@ fn pool(capacity_bytes: usize) -> Pool {
         capacity_bytes,
         locking: Locking::Unlocked,
     })
-    .unwrap()
+    .expect("1 byte to a few MiB can be mapped")
 }
 
 #[test]

@@ -1,0 +1,164 @@
+//! SHA-256 with the SHA extensions, two messages at a time.
+//!
+//! One message is bound by the latency of `sha256rnds2`; the second runs in its shadow.
+
+use core::arch::x86_64::{
+    __m128i, _mm_add_epi32, _mm_alignr_epi8, _mm_blend_epi16, _mm_loadu_si128, _mm_set_epi64x,
+    _mm_setzero_si128, _mm_sha256msg1_epu32, _mm_sha256msg2_epu32, _mm_sha256rnds2_epu32,
+    _mm_shuffle_epi8, _mm_shuffle_epi32, _mm_storeu_si128,
+};
+use core::array;
+
+use super::K;
+use crate::portable::{INITIAL_STATE, LastBlocks};
+
+#[target_feature(enable = "avx2,sha")]
+pub(crate) fn sha256_units(data: &[u8], unit_bytes: usize, out: &mut [[u8; 32]]) {
+    let mut last = [LastBlocks::new(unit_bytes), LastBlocks::new(unit_bytes)];
+    for (units, digests) in data.chunks(2 * unit_bytes).zip(out.chunks_mut(2)) {
+        let (first, second) = units.split_at(unit_bytes);
+        match digests {
+            [a, b] => [*a, *b] = digest([first, second], &mut last),
+            [a] => [*a] = digest([first], array::from_mut(&mut last[0])),
+            _ => unreachable!("chunks of two"),
+        }
+    }
+}
+
+/// The digests of `N` messages of one length.
+#[inline]
+#[target_feature(enable = "avx2,sha")]
+fn digest<const N: usize>(units: [&[u8]; N], last: &mut [LastBlocks; N]) -> [[u8; 32]; N] {
+    let mut state = [State::initial(); N];
+    let split = units.map(<[u8]>::as_chunks::<64>);
+    for index in 0..split[0].0.len() {
+        let mut blocks = [&[0; 64]; N];
+        for (block, unit) in blocks.iter_mut().zip(&split) {
+            *block = &unit.0[index];
+        }
+        compress(&mut state, blocks);
+    }
+    let mut ends = [&[[0; 64]; 0][..]; N];
+    for ((end, unit), last) in ends.iter_mut().zip(&split).zip(last) {
+        *end = last.with_tail(unit.1);
+    }
+    for index in 0..ends[0].len() {
+        compress(&mut state, ends.map(|end| &end[index]));
+    }
+    let mut digests = [[0; 32]; N];
+    for (digest, state) in digests.iter_mut().zip(state) {
+        *digest = state.to_digest();
+    }
+    digests
+}
+
+/// The working variables in the order that the instructions want.
+#[derive(Clone, Copy)]
+struct State {
+    abef: __m128i,
+    cdgh: __m128i,
+}
+
+impl State {
+    #[inline]
+    #[target_feature(enable = "avx2,sha")]
+    fn initial() -> Self {
+        let [a, b, c, d, e, f, g, h] = INITIAL_STATE.map(u64::from);
+        let pack = |w3: u64, w2: u64, w1: u64, w0: u64| {
+            _mm_set_epi64x((w3 << 32 | w2).cast_signed(), (w1 << 32 | w0).cast_signed())
+        };
+        Self {
+            abef: pack(a, b, e, f),
+            cdgh: pack(c, d, g, h),
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,sha")]
+    fn four_rounds(&mut self, wk: __m128i) {
+        self.cdgh = _mm_sha256rnds2_epu32(self.cdgh, self.abef, wk);
+        self.abef = _mm_sha256rnds2_epu32(self.abef, self.cdgh, _mm_shuffle_epi32::<0x0E>(wk));
+    }
+
+    /// Big-endian, as FIPS 180-4 has the digest.
+    #[inline]
+    #[target_feature(enable = "avx2,sha")]
+    fn to_digest(self) -> [u8; 32] {
+        let mut digest = [0; 32];
+        let feba = _mm_shuffle_epi32::<0x1B>(self.abef);
+        let dchg = _mm_shuffle_epi32::<0xB1>(self.cdgh);
+        let dcba = _mm_blend_epi16::<0xF0>(feba, dchg);
+        let hgfe = _mm_alignr_epi8::<8>(dchg, feba);
+        for (half, words) in digest.as_chunks_mut().0.iter_mut().zip([dcba, hgfe]) {
+            store(half, swap_bytes(words));
+        }
+        digest
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,sha")]
+fn compress<const N: usize>(state: &mut [State; N], blocks: [&[u8; 64]; N]) {
+    let before = *state;
+    let mut w = [[_mm_setzero_si128(); 4]; N];
+    for (w, block) in w.iter_mut().zip(blocks) {
+        for (w, bytes) in w.iter_mut().zip(block.as_chunks().0) {
+            *w = swap_bytes(load(bytes));
+        }
+    }
+    for (sixteen, k) in K.as_chunks::<4>().0.as_chunks::<4>().0.iter().enumerate() {
+        for step in 0..4 {
+            let k = load_words(&k[step]);
+            for (state, w) in state.iter_mut().zip(&mut w) {
+                if sixteen > 0 {
+                    w[step] = next_words(w, step);
+                }
+                state.four_rounds(_mm_add_epi32(w[step], k));
+            }
+        }
+    }
+    for (state, before) in state.iter_mut().zip(before) {
+        state.abef = _mm_add_epi32(state.abef, before.abef);
+        state.cdgh = _mm_add_epi32(state.cdgh, before.cdgh);
+    }
+}
+
+/// The message schedule's next four words; the sixteen before them are in `w`, oldest at `step`.
+#[inline]
+#[target_feature(enable = "avx2,sha")]
+fn next_words(w: &[__m128i; 4], step: usize) -> __m128i {
+    let [w0, w1, w2, w3] = [0, 1, 2, 3].map(|n| w[(step + n) % 4]);
+    let partial = _mm_add_epi32(_mm_sha256msg1_epu32(w0, w1), _mm_alignr_epi8::<4>(w3, w2));
+    _mm_sha256msg2_epu32(partial, w3)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn swap_bytes(words: __m128i) -> __m128i {
+    let order = _mm_set_epi64x(0x0C0D_0E0F_0809_0A0B, 0x0405_0607_0001_0203);
+    _mm_shuffle_epi8(words, order)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY:
+    // - The reference makes 16 bytes valid for reads; the load asks for no alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_words(words: &[u32; 4]) -> __m128i {
+    // SAFETY:
+    // - The reference makes 16 bytes valid for reads; the load asks for no alignment.
+    unsafe { _mm_loadu_si128(words.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(bytes: &mut [u8; 16], value: __m128i) {
+    // SAFETY:
+    // - The reference makes 16 bytes valid for writes; the store asks for no alignment.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), value) }
+}

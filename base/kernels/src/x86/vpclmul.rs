@@ -1,0 +1,211 @@
+//! POLYVAL with VPCLMULQDQ, 32 blocks to a reduction, and the pass that encrypts on the way.
+
+use core::arch::x86_64::{
+    __m128i, __m512i, __mmask64, _mm_xor_si128, _mm256_castsi256_si128, _mm256_extracti128_si256,
+    _mm256_xor_si256, _mm512_castsi512_si256, _mm512_clmulepi64_epi128, _mm512_extracti64x4_epi64,
+    _mm512_loadu_si512, _mm512_mask_storeu_epi8, _mm512_maskz_loadu_epi8, _mm512_setzero_si512,
+    _mm512_storeu_si512, _mm512_xor_si512, _mm512_zextsi128_si512,
+};
+
+use super::clmul::{self, from_u128, to_u128};
+use super::powers::{POWERS, Powers};
+
+/// The blocks that share a reduction.
+const GROUP_BYTES: usize = POWERS * 16;
+
+/// Four blocks.
+const VECTOR_BYTES: usize = 64;
+
+#[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+pub(crate) fn absorb(powers: &Powers, sum: u128, bytes: &[u8]) -> u128 {
+    let mut sum = from_u128(sum);
+    let (groups, rest) = bytes.as_chunks::<GROUP_BYTES>();
+    for group in groups {
+        let mut product = Product::new(sum);
+        for (bytes, powers) in group.as_chunks().0.iter().zip(powers.for_vectors(POWERS)) {
+            product.add(load(bytes), powers);
+        }
+        sum = product.reduce();
+    }
+    if !rest.is_empty() {
+        let mut product = Product::new(sum);
+        let powers = powers.for_vectors(rest.len().div_ceil(16));
+        for (bytes, powers) in rest.chunks(VECTOR_BYTES).zip(powers) {
+            product.add(load_part(bytes), powers);
+        }
+        sum = product.reduce();
+    }
+    to_u128(sum)
+}
+
+#[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+pub(crate) fn encrypt(powers: &Powers, sum: u128, data: &mut [u8], pad: &[u8]) -> u128 {
+    let mut sum = from_u128(sum);
+    let (groups, rest) = data.as_chunks_mut::<GROUP_BYTES>();
+    let (pad_groups, pad_rest) = pad.as_chunks::<GROUP_BYTES>();
+    for (group, pad) in groups.iter_mut().zip(pad_groups) {
+        let mut product = Product::new(sum);
+        let vectors = group.as_chunks_mut().0.iter_mut().zip(pad.as_chunks().0);
+        for ((data, pad), powers) in vectors.zip(powers.for_vectors(POWERS)) {
+            let ciphertext = _mm512_xor_si512(load(data), load(pad));
+            store(data, ciphertext);
+            product.add(ciphertext, powers);
+        }
+        sum = product.reduce();
+    }
+    if !rest.is_empty() {
+        let mut product = Product::new(sum);
+        let powers = powers.for_vectors(rest.len().div_ceil(16));
+        let vectors = rest
+            .chunks_mut(VECTOR_BYTES)
+            .zip(pad_rest.chunks(VECTOR_BYTES));
+        for ((data, pad), powers) in vectors.zip(powers) {
+            let ciphertext = _mm512_xor_si512(load_part(data), load_part(pad));
+            store_part(data, ciphertext);
+            product.add(ciphertext, powers);
+        }
+        sum = product.reduce();
+    }
+    to_u128(sum)
+}
+
+#[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+pub(crate) fn encrypt_and_wipe(
+    powers: &Powers,
+    sum: u128,
+    data: &mut [u8],
+    pad: &mut [u8],
+) -> u128 {
+    let mut sum = from_u128(sum);
+    let (groups, rest) = data.as_chunks_mut::<GROUP_BYTES>();
+    let (pad_groups, pad_rest) = pad.as_chunks_mut::<GROUP_BYTES>();
+    for (group, pad) in groups.iter_mut().zip(pad_groups) {
+        let mut product = Product::new(sum);
+        let vectors = group
+            .as_chunks_mut()
+            .0
+            .iter_mut()
+            .zip(pad.as_chunks_mut().0);
+        for ((data, pad), powers) in vectors.zip(powers.for_vectors(POWERS)) {
+            let ciphertext = _mm512_xor_si512(load(data), load(pad));
+            store(data, ciphertext);
+            store(pad, _mm512_setzero_si512());
+            product.add(ciphertext, powers);
+        }
+        sum = product.reduce();
+    }
+    if !rest.is_empty() {
+        sum = from_u128(encrypt(powers, to_u128(sum), rest, pad_rest));
+        pad_rest.fill(0);
+    }
+    crate::wipe::keep_stores(pad);
+    to_u128(sum)
+}
+
+/// A sum of carry-less products in four lanes, not reduced yet.
+struct Product {
+    /// What the first vector takes in before it is multiplied: the sum so far.
+    carry: __m512i,
+    low: __m512i,
+    middle: __m512i,
+    high: __m512i,
+}
+
+impl Product {
+    #[inline]
+    #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+    fn new(sum: __m128i) -> Self {
+        let zero = _mm512_setzero_si512();
+        Self {
+            carry: _mm512_zextsi128_si512(sum),
+            low: zero,
+            middle: zero,
+            high: zero,
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+    fn add(&mut self, vector: __m512i, powers: &[[u8; 16]; 4]) {
+        let a = _mm512_xor_si512(vector, self.carry);
+        self.carry = _mm512_setzero_si512();
+        let b = load_powers(powers);
+        self.low = _mm512_xor_si512(self.low, _mm512_clmulepi64_epi128::<0x00>(a, b));
+        self.middle = _mm512_xor_si512(self.middle, _mm512_clmulepi64_epi128::<0x01>(a, b));
+        self.middle = _mm512_xor_si512(self.middle, _mm512_clmulepi64_epi128::<0x10>(a, b));
+        self.high = _mm512_xor_si512(self.high, _mm512_clmulepi64_epi128::<0x11>(a, b));
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+    fn reduce(self) -> __m128i {
+        let low = add_lanes(self.low);
+        let middle = add_lanes(self.middle);
+        let high = add_lanes(self.high);
+        clmul::Product { low, middle, high }.reduce()
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+fn add_lanes(value: __m512i) -> __m128i {
+    let upper = _mm512_extracti64x4_epi64::<1>(value);
+    let half = _mm256_xor_si256(_mm512_castsi512_si256(value), upper);
+    _mm_xor_si128(
+        _mm256_castsi256_si128(half),
+        _mm256_extracti128_si256::<1>(half),
+    )
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(bytes: &[u8; VECTOR_BYTES]) -> __m512i {
+    // SAFETY:
+    // - The reference makes 64 bytes valid for reads; the load asks for no alignment.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_powers(powers: &[[u8; 16]; 4]) -> __m512i {
+    // SAFETY:
+    // - The reference makes 64 bytes valid for reads; the load asks for no alignment.
+    unsafe { _mm512_loadu_si512(powers.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(bytes: &mut [u8; VECTOR_BYTES], value: __m512i) {
+    // SAFETY:
+    // - The reference makes 64 bytes valid for writes; the store asks for no alignment.
+    unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), value) }
+}
+
+/// The bytes, at most 64, then zeros.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn load_part(bytes: &[u8]) -> __m512i {
+    // SAFETY:
+    // - The mask has a bit for each byte of the slice and no other; the instruction reads nothing
+    //   else.
+    unsafe { _mm512_maskz_loadu_epi8(mask(bytes.len()), bytes.as_ptr().cast()) }
+}
+
+/// As many of the first bytes of `value` as fit, at most 64.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn store_part(bytes: &mut [u8], value: __m512i) {
+    // SAFETY:
+    // - The mask has a bit for each byte of the slice and no other; the instruction writes nothing
+    //   else.
+    unsafe { _mm512_mask_storeu_epi8(bytes.as_mut_ptr().cast(), mask(bytes.len()), value) }
+}
+
+#[inline]
+fn mask(len_bytes: usize) -> __mmask64 {
+    match len_bytes {
+        0 => 0,
+        1..VECTOR_BYTES => u64::MAX >> (VECTOR_BYTES - len_bytes),
+        _ => u64::MAX,
+    }
+}
