@@ -1,1 +1,29 @@
-//! From key blocks to hashed segments without a lock or an allocation.
+//! From key blocks to hashed segments.
+//!
+//! Drivers push descriptors of QKD-keys into a lock-free [hand-off](handoff()); one [`Stage`] per
+//! link, on a thread of its own ([`spawn`]), keeps them in [`Waiting`] until the KMA sends the
+//! plan of a segment, then [cuts](resize) the segment bit by bit and hashes its units.
+//!
+//! It knows nothing about hardware, about the peer or about storage, and it never composes on its
+//! own: presence at both ends comes before composition, or one lost QKD-key would misalign every
+//! later unit.
+//!
+//! # Invariants
+//!
+//! - Key bytes are in the blocks that came in and in the blocks of the segment, nowhere else.
+//! - A segment holds exactly the bits that its plan names, in that order, none twice.
+//! - A QKD-key that a plan has named leaves only when it is settled. An error consumes nothing.
+//! - Everything is bounded. A full hand-off returns the descriptor; a QKD-key that is dropped at
+//!   the bound is reported.
+#![forbid(unsafe_code)]
+
+mod handoff;
+pub mod resize;
+mod stage;
+mod thread;
+mod waiting;
+
+pub use handoff::{Descriptor, Popper, PushError, Pusher, Waker, handoff};
+pub use stage::{FormatError, FormatOrder, Formatted, Stage};
+pub use thread::{Command, CommandRefused, StageEvent, StageHandle, spawn};
+pub use waiting::{Hold, RefuseReason, Waiting, WaitingBound};

@@ -1,0 +1,284 @@
+//! The stage: it keeps QKD-keys until their plan comes, cuts the segment and hashes its units.
+
+use qkd_kernels::Backend;
+use qkd_keyfile::{Composition, QkdKeyId, QkdKeyName, address::Piece, units::bytes_for_bits};
+use qkd_secmem::{KeyBuf, MAX_BLOCK_BYTES, Pool, PoolExhausted};
+
+use crate::{
+    handoff::Descriptor,
+    resize::{BitRangeError, Bits, gather},
+    waiting::{Hold, Waiting, WaitingBound},
+};
+
+/// What a segment is made of and how it is cut: the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FormatOrder {
+    /// The pieces, in order.
+    pub composition: Composition,
+    /// Bits at the front of the segment that mask the comparison tags: 256 for the two of key
+    /// synchronisation. They are in no unit and are not hashed.
+    pub mask_bits: u32,
+    /// Length of a unit, in bytes.
+    pub unit_bytes: u32,
+}
+
+/// A segment that is cut and hashed.
+#[derive(Debug)]
+pub struct Formatted {
+    /// The first [`FormatOrder::mask_bits`] bits of the segment; spare bits of the last byte are 0.
+    pub mask: KeyBuf,
+    /// The bits after the mask, as many as make whole bytes.
+    pub body: KeyBuf,
+    /// The bits after the body, 0 to 7, that make no byte: dropped.
+    pub spare_bits: u8,
+    /// SHA-256 of every unit of the body. A shorter remainder is a unit of its own.
+    ///
+    /// They tell something about key bits: they never leave the node bare.
+    pub digests: Vec<[u8; 32]>,
+}
+
+/// Why [`Stage::format`] made no segment. Nothing was consumed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The plan names a QKD-key that does not wait here: it never came, or was dropped.
+    #[error("QKD-key {name} is not waiting here")]
+    UnknownQkdKey {
+        /// Its name.
+        name: QkdKeyName,
+    },
+    /// The plan names bits that the QKD-key does not have.
+    #[error("QKD-key {name} has {key_bits} bits, not {len_bits} from bit {offset_bits} on")]
+    OutsideKey {
+        /// Its name.
+        name: QkdKeyName,
+        /// First bit of the piece.
+        offset_bits: u32,
+        /// Length of the piece.
+        len_bits: u32,
+        /// Length of the QKD-key.
+        key_bits: u32,
+    },
+    /// Two pieces of the plan share a bit: it would be in the segment twice.
+    #[error("the plan takes bit {bit} of QKD-key {name} twice")]
+    Overlap {
+        /// Its name.
+        name: QkdKeyName,
+        /// The first bit that is taken twice.
+        bit: u32,
+    },
+    /// The segment has no whole byte after its mask.
+    #[error("{segment_bits} bits leave no byte after a mask of {mask_bits} bits")]
+    TooShort {
+        /// Bits of all pieces.
+        segment_bits: u32,
+        /// Bits of the mask.
+        mask_bits: u32,
+    },
+    /// Mask or body exceed [`MAX_BLOCK_BYTES`].
+    #[error("a segment of {segment_bits} bits is too long for a block of key memory")]
+    TooLong {
+        /// Bits of all pieces; `u64` because their sum may exceed what a plan can say.
+        segment_bits: u64,
+    },
+    /// A mask of no bits or units of no bytes: such a segment could not be compared.
+    #[error("mask of {mask_bits} bits, units of {unit_bytes} bytes: neither may be zero")]
+    EmptyMaskOrUnit {
+        /// [`FormatOrder::mask_bits`].
+        mask_bits: u32,
+        /// [`FormatOrder::unit_bytes`].
+        unit_bytes: u32,
+    },
+    /// No key memory is free: order again when some has been given back.
+    #[error(transparent)]
+    Pool(#[from] PoolExhausted),
+}
+
+/// Keeps the QKD-keys of one link and formats segments out of them.
+///
+/// It checks that a plan takes no bit twice *within* a segment. That no bit goes into two segments
+/// is the business of the KMA, which numbers segments and settles QKD-keys.
+#[derive(Debug)]
+pub struct Stage {
+    waiting: Waiting,
+    pool: Pool,
+    backend: Backend,
+}
+
+impl Stage {
+    /// A stage that takes the memory for segments from `pool`.
+    #[must_use]
+    pub fn new(pool: Pool, bound: WaitingBound, backend: Backend) -> Self {
+        Self {
+            waiting: Waiting::new(bound),
+            pool,
+            backend,
+        }
+    }
+
+    /// Keeps a QKD-key until its plan comes.
+    pub fn hold(&mut self, descriptor: Descriptor) -> Hold {
+        self.waiting.hold(descriptor)
+    }
+
+    /// Cuts a segment by plan and hashes its units.
+    ///
+    /// The QKD-keys stay, and are not dropped for newer ones any more, until they are settled: a
+    /// comparison that fails can still be examined.
+    ///
+    /// # Errors
+    ///
+    /// Each [`FormatError`] names what to mend; after any of them nothing has been consumed and
+    /// no QKD-key is planned that was not before.
+    pub fn format(&mut self, order: &FormatOrder) -> Result<Formatted, FormatError> {
+        let cut = Cut::of(order)?;
+        let names = Names(&order.composition);
+        let pieces = &order.composition.pieces;
+        let runs = pieces
+            .iter()
+            .map(|piece| self.find(&names, piece))
+            .collect::<Result<Vec<_>, _>>()?;
+        no_overlap(&names, pieces)?;
+
+        let mut mask = self.pool.take(bytes_for_bits(cut.mask_bits))?;
+        let mut body = self.pool.take(cut.body_bytes)?;
+        let (mask_bits, body_bits) = (cut.mask_bits as usize, cut.body_bytes * 8);
+        let room = |_: BitRangeError| unreachable!("both blocks were taken in the cut's lengths");
+        gather(runs.iter().copied(), 0, mask_bits, mask.expose_mut()).unwrap_or_else(room);
+        gather(runs, mask_bits, body_bits, body.expose_mut()).unwrap_or_else(room);
+
+        let digests = self.digests(body.expose(), order.unit_bytes as usize);
+        for piece in pieces {
+            self.waiting.plan(&names.of(&piece.qkd_key));
+        }
+        Ok(Formatted {
+            mask,
+            body,
+            spare_bits: cut.spare_bits,
+            digests,
+        })
+    }
+
+    /// Forgets and wipes a QKD-key that is spent or given up; whether it was here.
+    pub fn settle(&mut self, name: &QkdKeyName) -> bool {
+        self.waiting.settle(name)
+    }
+
+    /// What waits now.
+    #[must_use]
+    pub const fn waiting(&self) -> &Waiting {
+        &self.waiting
+    }
+
+    /// One digest per unit; a shorter remainder is a unit of its own.
+    fn digests(&self, body: &[u8], unit_bytes: usize) -> Vec<[u8; 32]> {
+        let mut digests = vec![[0; 32]; body.len().div_ceil(unit_bytes)];
+        let whole_units = body.len() / unit_bytes;
+        let (whole, remainder) = body.split_at(whole_units * unit_bytes);
+        let (of_whole, of_remainder) = digests.split_at_mut(whole_units);
+        self.backend.sha256_units(whole, unit_bytes, of_whole);
+        if !remainder.is_empty() {
+            self.backend
+                .sha256_units(remainder, remainder.len(), of_remainder);
+        }
+        digests
+    }
+
+    fn find(&self, names: &Names<'_>, piece: &Piece) -> Result<Bits<'_>, FormatError> {
+        let name = names.of(&piece.qkd_key);
+        let Some(key) = self.waiting.get(&name) else {
+            return Err(FormatError::UnknownQkdKey { name });
+        };
+        let (offset_bits, len_bits) = (piece.offset_bits, piece.len_bits);
+        let inside = end_bits(piece) <= u64::from(key.key_bits);
+        let run = Bits::new(key.block.expose(), offset_bits as usize, len_bits as usize);
+        match run {
+            Ok(run) if inside => Ok(run),
+            _ => Err(FormatError::OutsideKey {
+                name,
+                offset_bits,
+                len_bits,
+                key_bits: key.key_bits,
+            }),
+        }
+    }
+}
+
+/// Where a segment is cut.
+struct Cut {
+    mask_bits: u32,
+    body_bytes: usize,
+    spare_bits: u8,
+}
+
+impl Cut {
+    fn of(order: &FormatOrder) -> Result<Self, FormatError> {
+        let (mask_bits, unit_bytes) = (order.mask_bits, order.unit_bytes);
+        if mask_bits == 0 || unit_bytes == 0 {
+            return Err(FormatError::EmptyMaskOrUnit {
+                mask_bits,
+                unit_bytes,
+            });
+        }
+        let lengths = order
+            .composition
+            .pieces
+            .iter()
+            .map(|p| u64::from(p.len_bits));
+        let too_long = FormatError::TooLong {
+            segment_bits: lengths.sum(),
+        };
+        let Some(segment_bits) = order.composition.len_bits() else {
+            return Err(too_long);
+        };
+        let body_bits = segment_bits.saturating_sub(mask_bits);
+        let body_bytes = (body_bits / 8) as usize;
+        if body_bytes == 0 {
+            return Err(FormatError::TooShort {
+                segment_bits,
+                mask_bits,
+            });
+        }
+        if body_bytes.max(bytes_for_bits(mask_bits)) > MAX_BLOCK_BYTES {
+            return Err(too_long);
+        }
+        let spare_bits = body_bits.to_le_bytes()[0] % 8;
+        Ok(Self {
+            mask_bits,
+            body_bytes,
+            spare_bits,
+        })
+    }
+}
+
+/// Names of the QKD-keys of a composition.
+struct Names<'a>(&'a Composition);
+
+impl Names<'_> {
+    fn of(&self, id: &QkdKeyId) -> QkdKeyName {
+        QkdKeyName {
+            module_pair: self.0.module_pair.clone(),
+            generation: self.0.generation,
+            id: id.clone(),
+        }
+    }
+}
+
+fn no_overlap(names: &Names<'_>, pieces: &[Piece]) -> Result<(), FormatError> {
+    let mut sorted: Vec<&Piece> = pieces.iter().filter(|piece| piece.len_bits > 0).collect();
+    sorted.sort_unstable_by_key(|piece| (&piece.qkd_key, piece.offset_bits));
+    for pair in sorted.windows(2) {
+        let (one, next) = (pair[0], pair[1]);
+        if one.qkd_key == next.qkd_key && end_bits(one) > u64::from(next.offset_bits) {
+            return Err(FormatError::Overlap {
+                name: names.of(&one.qkd_key),
+                bit: next.offset_bits,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn end_bits(piece: &Piece) -> u64 {
+    u64::from(piece.offset_bits) + u64::from(piece.len_bits)
+}
