@@ -1,6 +1,9 @@
 //! The formats and the ring that QKD hardware and the bridge share.
 //!
 //! - [`type7`]: qcrypto's final-key files.
+//! - [`block`] and [`status`]: the records that the next two carry.
+//! - [`serial`]: frames and their exchange over a serial line.
+//! - [`ring`]: records through shared memory; `include/qkd_ring.h` is its C side.
 //!
 //! It knows nothing of sockets, files, devices, clocks or what happens to a key afterwards: bytes
 //! come in and go out in buffers that the caller owns and wipes.
@@ -14,4 +17,9 @@
 //! - No error holds a key byte.
 #![deny(unsafe_code)]
 
+pub mod block;
+#[allow(unsafe_code)]
+pub mod ring;
+pub mod serial;
+pub mod status;
 pub mod type7;

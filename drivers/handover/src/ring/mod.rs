@@ -1,0 +1,3 @@
+//! The shared-memory ring.
+
+pub mod greeting;
