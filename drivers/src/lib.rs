@@ -1,1 +1,49 @@
-//! Drivers: from a vendor's hand-over to key blocks.
+//! Drivers: from a vendor's hand-over to key blocks (the Kq-1 and Kq-2 reference points).
+//!
+//! A [`KeySource`] is one QKD module as the bridge sees it: polled, never blocking, and limited by
+//! the credit that the layer above grants. [`DriverConfig`] says which module to open and how;
+//! [`DriverConfig::open`] opens it. Opening and using are apart, so that whatever uses a module can
+//! be handed a simulated one.
+//!
+//! It knows nothing about pipelines, stores or the matching node, and it does not log: whatever
+//! happens to a module is an [`Event`].
+//!
+//! # Invariants
+//!
+//! - Key bytes go from the hand-over straight into the caller's buffer. Scratch that held some is
+//!   wiped before the call returns; no event, error or name holds any.
+//! - A driver never repairs key. A block passes all its checks or is set aside, with the reason.
+//! - No key block is delivered without credit, and none is destroyed at its origin before
+//!   [`KeySource::settle`].
+//! - Nothing is silent: what is lost, damaged or refused is an event or a counter of one.
+//! - What comes from outside never panics and never makes a poll spin.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! use qkd_drivers::{DirectoryConfig, DriverConfig, Event, Settlement, next_event};
+//!
+//! let mut module = DriverConfig::Directory(DirectoryConfig::new("/run/qkd/keys")).open()?;
+//! let mut block = vec![0; module.max_block_bytes()]; // in wiped memory, really
+//! module.grant(1);
+//! if let Event::Key(key) = next_event(&mut *module, &mut block).await? {
+//!     // Commit `block[..key.len_bytes()]` durably; only then:
+//!     module.settle(&key.metadata.qkd_key_id, Settlement::Stored);
+//! }
+//! # Ok(()) }
+//! ```
+#![forbid(unsafe_code)]
+
+mod config;
+mod credit;
+pub mod directory;
+mod event;
+mod readiness;
+mod source;
+
+pub use config::{DriverConfig, OpenError};
+pub use directory::DirectoryConfig;
+pub use event::{
+    Alarm, AlarmCode, Band, CorruptReason, DetachReason, Event, KeyBlock, Metric, MetricKind,
+    ModuleState, Severity,
+};
+pub use source::{KeySource, ReadError, Settlement, next_event};

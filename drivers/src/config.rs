@@ -1,0 +1,89 @@
+//! Which module to open, and how.
+
+use std::{io, path::PathBuf};
+
+use serde::Deserialize;
+
+use crate::{
+    directory::{DirectoryConfig, DirectorySource},
+    source::KeySource,
+};
+
+/// A module's entry in the configuration; `kind` names the driver.
+///
+/// ```toml
+/// kind = "directory"
+/// path = "/run/qkd/keys"
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum DriverConfig {
+    /// Hand-over files in a directory.
+    Directory(DirectoryConfig),
+}
+
+impl DriverConfig {
+    /// Opens the module. Needs the context of a tokio runtime, in which the source is then polled.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`]; nothing is open and nothing was changed.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn open(&self) -> Result<Box<dyn KeySource>, OpenError> {
+        Ok(match self {
+            Self::Directory(config) => Box::new(DirectorySource::open(config)?),
+        })
+    }
+}
+
+/// Why a module cannot be opened. `Display` says what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The hand-over folder cannot be opened.
+    #[error("cannot open {path}: create the folder, or let this user read, write and enter it")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// The hand-over folder lets every user put files into it.
+    #[error("{path} has mode {mode:o}: take away the others' right to write (chmod o-w)")]
+    FolderMode {
+        /// The folder.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The hand-over folder belongs to a user who is not trusted with keys.
+    #[error("{path} belongs to user {uid}: change its owner, or add {uid} to `owner_uids`")]
+    FolderOwner {
+        /// The folder.
+        path: PathBuf,
+        /// Its owner.
+        uid: u32,
+    },
+    /// The operating system gives no more change notifications.
+    #[error("cannot watch {path}: raise fs.inotify.max_user_instances and max_user_watches")]
+    Watch {
+        /// The folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// A number of the configuration is out of its range.
+    #[error("{setting} = {value}: give {expected}")]
+    Setting {
+        /// Name of the setting.
+        setting: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it may be.
+        expected: &'static str,
+    },
+}

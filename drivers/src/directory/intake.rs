@@ -1,0 +1,508 @@
+//! The files of one open folder: which wait, which are outstanding, which are ignored.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    ffi::{OsStr, OsString},
+    io,
+    time::Duration,
+};
+
+use nix::errno::Errno;
+use qkd_handover::type7::{EPOCH_NS, HEADER_BYTES, Header, decode_key};
+use qkd_keyfile::{QkdKeyId, UnixTime, metadata::QkdKeyMetadata};
+use tokio::time::Instant;
+use zeroize::Zeroize;
+
+use super::{
+    DirectoryConfig, Epochs,
+    folder::{Folder, Identity, Kind, OpenFile},
+    numbering::{Numbering, Relation},
+};
+use crate::{
+    event::{Alarm, AlarmCode, CorruptReason, Event, KeyBlock, Severity},
+    source::Settlement,
+};
+
+/// Where files go that failed a check.
+pub(super) const QUARANTINE: &str = "quarantine";
+
+/// Where settled files go if they are not deleted.
+pub(super) const DONE: &str = "done";
+
+/// Everything about one open folder.
+#[derive(Debug)]
+pub(super) struct Intake {
+    folder: Folder,
+    numbering: Option<Numbering>,
+    candidates: BTreeSet<Candidate>,
+    known: HashMap<OsString, Known>,
+    scan_is_due: bool,
+    /// The last scan found more than it may keep, and some of that has been worked off since.
+    more_to_scan: (bool, bool),
+}
+
+/// A name to look at, in the order in which they are looked at.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    relation: Relation,
+    /// Only set for a numbering that has not begun: the older one comes first.
+    began_s: i64,
+    /// `None` for a name that no hand-over file has.
+    epoch: Option<u32>,
+    name: OsString,
+}
+
+/// What is remembered of a file under its name.
+#[derive(Debug)]
+enum Known {
+    /// Delivered and not settled.
+    Outstanding(Identity),
+    /// Could not be moved away; ignored until it changes.
+    Ignored(Identity),
+    /// Not whole yet, and unchanged since then.
+    Growing(Identity, Instant),
+}
+
+/// Why a file gave no event.
+enum NoEvent {
+    /// There is nothing to say about it, now or later.
+    Skip,
+    /// Look at it again with the next scan.
+    Later,
+    /// It failed a check.
+    Bad(CorruptReason),
+}
+
+impl From<Errno> for NoEvent {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::ENOENT => Self::Skip,
+            Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EINTR | Errno::ENODATA => {
+                Self::Later
+            }
+            _ => Self::Bad(CorruptReason::Unreadable { error: kind(errno) }),
+        }
+    }
+}
+
+impl From<CorruptReason> for NoEvent {
+    fn from(reason: CorruptReason) -> Self {
+        Self::Bad(reason)
+    }
+}
+
+impl Intake {
+    pub(super) fn new(folder: Folder, config: &DirectoryConfig) -> Self {
+        let numbering = (config.epochs == Epochs::Local)
+            .then(|| Numbering::load(&folder, config.numbering_tolerance_s));
+        Self {
+            folder,
+            numbering,
+            candidates: BTreeSet::new(),
+            known: HashMap::new(),
+            scan_is_due: true,
+            more_to_scan: (false, false),
+        }
+    }
+
+    pub(super) const fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
+    pub(super) fn attached(&self, config: &DirectoryConfig) -> Event {
+        Event::Attached {
+            device: config.path.display().to_string(),
+            session: self.numbering.as_ref().and_then(Numbering::session),
+        }
+    }
+
+    pub(super) const fn scan_soon(&mut self) {
+        self.scan_is_due = true;
+    }
+
+    /// Takes a hint that there is something under `name`.
+    pub(super) fn hint(&mut self, name: OsString) {
+        if !is_ours_or_temporary(&name) {
+            self.add(name);
+        }
+    }
+
+    /// Looks at waiting files until one of them gives an event.
+    ///
+    /// A key goes to `out`; `scratch` holds no key afterwards. `None`: nothing is waiting, until a
+    /// hint or the next scan.
+    pub(super) fn next(
+        &mut self,
+        config: &DirectoryConfig,
+        scratch: &mut [u8],
+        out: &mut [u8],
+        events: &mut VecDeque<Event>,
+    ) -> nix::Result<Option<KeyBlock>> {
+        loop {
+            if std::mem::take(&mut self.scan_is_due) {
+                self.scan()?;
+            }
+            let Some(candidate) = self.candidates.pop_first() else {
+                if self.more_to_scan == (true, true) {
+                    self.scan_is_due = true;
+                    continue;
+                }
+                return Ok(None);
+            };
+            let name = &candidate.name;
+            match self.look_at(&candidate, config, scratch, out, events) {
+                Ok(block) => {
+                    self.more_to_scan.1 = true;
+                    if block.is_some() {
+                        return Ok(block);
+                    }
+                }
+                Err(NoEvent::Skip | NoEvent::Later) => {}
+                Err(NoEvent::Bad(reason)) => {
+                    self.more_to_scan.1 = true;
+                    events.push_back(Event::Corrupt {
+                        id: candidate.epoch.and_then(|_| id_of(name)),
+                        reason,
+                    });
+                    self.quarantine(name, events);
+                }
+            }
+            if !events.is_empty() {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Deletes or moves the file of a delivered key block.
+    pub(super) fn settle(
+        &mut self,
+        id: &QkdKeyId,
+        outcome: Settlement,
+        config: &DirectoryConfig,
+        events: &mut VecDeque<Event>,
+    ) {
+        let name = OsStr::new(id.as_str());
+        let Some(Known::Outstanding(delivered)) = self.known.get(name) else {
+            return;
+        };
+        let delivered = *delivered;
+        self.known.remove(name);
+        match self.folder.look_at(name) {
+            // Someone put another file in its place, which has not been delivered.
+            Ok(Some((now, _))) if now != delivered => self.scan_is_due = true,
+            Ok(None) => {}
+            _ => match outcome {
+                Settlement::Quarantined => self.quarantine(name, events),
+                Settlement::Stored | Settlement::Dropped => self.dispose(name, config, events),
+            },
+        }
+    }
+
+    fn scan(&mut self) -> nix::Result<()> {
+        self.candidates.clear();
+        self.more_to_scan = (false, false);
+        let mut names = HashSet::new();
+        self.folder.for_each_name(|name| {
+            if !is_ours_or_temporary(name) {
+                names.insert(name.to_owned());
+            }
+        })?;
+        self.known
+            .retain(|name, known| matches!(known, Known::Outstanding(_)) || names.contains(name));
+        for name in names {
+            self.add(name);
+        }
+        Ok(())
+    }
+
+    /// Puts a name where it belongs in the order, unless its file is known and has not changed.
+    fn add(&mut self, name: OsString) {
+        let epoch = epoch_of(&name);
+        let (mut relation, mut began_s) = (Relation::Present, 0);
+        let ignored = match self.known.get(&name) {
+            Some(Known::Outstanding(_)) => return,
+            Some(Known::Ignored(identity)) => Some(*identity),
+            Some(Known::Growing(..)) | None => None,
+        };
+        if ignored.is_some() || self.numbering.is_some() {
+            let Ok(Some((identity, _))) = self.folder.look_at(&name) else {
+                return;
+            };
+            if ignored == Some(identity) {
+                return;
+            }
+            if let (Some(numbering), Some(epoch)) = (&self.numbering, epoch) {
+                let began = Numbering::beginning_s(identity.modified_s(), epoch);
+                relation = numbering.relation(began);
+                began_s = if relation == Relation::Next { began } else { 0 };
+            }
+        }
+        self.candidates.insert(Candidate {
+            relation,
+            began_s,
+            epoch,
+            name,
+        });
+        if self.candidates.len() > MAX_CANDIDATES {
+            self.candidates.pop_last();
+            self.more_to_scan.0 = true;
+        }
+    }
+
+    /// Reads one file. `Ok(None)`: what it gave is in `events`.
+    fn look_at(
+        &mut self,
+        candidate: &Candidate,
+        config: &DirectoryConfig,
+        scratch: &mut [u8],
+        out: &mut [u8],
+        events: &mut VecDeque<Event>,
+    ) -> Result<Option<KeyBlock>, NoEvent> {
+        let name = &candidate.name;
+        let Some(epoch) = candidate.epoch else {
+            return self.look_at_stranger(name, config).map(|()| None);
+        };
+        let file = self.folder.open_file(name)??;
+        if let Some(Known::Outstanding(_)) = self.known.get(name) {
+            return Err(NoEvent::Skip);
+        }
+        let header = self.read_header(name, &file, config)?;
+        if self.begins_numbering(&file, epoch, config, events)? {
+            return Ok(None);
+        }
+        let id = id_of(name).ok_or(NoEvent::Skip)?;
+        if header.key_bits == 0 {
+            events.push_back(Event::Empty { id });
+            self.dispose(name, config, events);
+            return Ok(None);
+        }
+        read_key(&file, &header, scratch, out)?;
+        self.known
+            .insert(name.clone(), Known::Outstanding(file.identity));
+        Ok(Some(KeyBlock {
+            metadata: QkdKeyMetadata {
+                key_bits: Some(header.key_bits),
+                module: config.module.clone(),
+                matching_module: config.matching_module.clone(),
+                generated_at: (config.epochs == Epochs::Extended).then(|| generated_at(epoch)),
+                ..QkdKeyMetadata::new(id)
+            },
+            key_bits: header.key_bits,
+        }))
+    }
+
+    /// A file of a strange name is given the time that a partial file gets: its writer may be about
+    /// to rename it. What is not a file is none of our business.
+    fn look_at_stranger(&mut self, name: &OsStr, config: &DirectoryConfig) -> Result<(), NoEvent> {
+        match self.folder.look_at(name)? {
+            Some((identity, Kind::Regular)) => {
+                let reason = CorruptReason::Name {
+                    name: name.to_string_lossy().chars().take(64).collect(),
+                };
+                Err(self.not_whole(name, identity, config, reason))
+            }
+            _ => Err(NoEvent::Skip),
+        }
+    }
+
+    /// The header of a whole file.
+    fn read_header(
+        &mut self,
+        name: &OsStr,
+        file: &OpenFile,
+        config: &DirectoryConfig,
+    ) -> Result<Header, NoEvent> {
+        let have_bytes = file.identity.size_bytes;
+        let incomplete = |need_bytes| CorruptReason::Incomplete {
+            have_bytes,
+            need_bytes,
+        };
+        if have_bytes < HEADER_BYTES as u64 {
+            return Err(self.not_whole(name, file.identity, config, incomplete(HEADER_BYTES)));
+        }
+        let mut bytes = [0; HEADER_BYTES];
+        file.read_exact(&mut bytes, 0)?;
+        let header = Header::decode(&bytes).map_err(CorruptReason::from)?;
+        header
+            .check_name(&name.to_string_lossy())
+            .map_err(CorruptReason::from)?;
+        if header.key_bits > config.max_block_bits {
+            return Err(NoEvent::Bad(CorruptReason::TooManyBits {
+                key_bits: header.key_bits,
+                max_bits: config.max_block_bits,
+            }));
+        }
+        let need_bytes = header.file_bytes();
+        match have_bytes.cmp(&(need_bytes as u64)) {
+            std::cmp::Ordering::Less => {
+                Err(self.not_whole(name, file.identity, config, incomplete(need_bytes)))
+            }
+            std::cmp::Ordering::Equal => Ok(header),
+            std::cmp::Ordering::Greater => Err(NoEvent::Bad(CorruptReason::TooLong {
+                have_bytes,
+                need_bytes,
+            })),
+        }
+    }
+
+    /// Later, or `reason` once the file has not changed for long enough.
+    fn not_whole(
+        &mut self,
+        name: &OsStr,
+        now: Identity,
+        config: &DirectoryConfig,
+        reason: CorruptReason,
+    ) -> NoEvent {
+        let patience = Duration::from_millis(config.partial_timeout_ms);
+        match self.known.get(name) {
+            Some(Known::Growing(then, since)) if *then == now => {
+                if since.elapsed() >= patience {
+                    return NoEvent::Bad(reason);
+                }
+            }
+            _ => {
+                let growing = Known::Growing(now, Instant::now());
+                self.known.insert(name.to_owned(), growing);
+            }
+        }
+        NoEvent::Later
+    }
+
+    /// With local epochs: whether this file is the first of a new numbering. If so, the event is
+    /// out, and all files are to be looked at again in the new light.
+    fn begins_numbering(
+        &mut self,
+        file: &OpenFile,
+        epoch: u32,
+        config: &DirectoryConfig,
+        events: &mut VecDeque<Event>,
+    ) -> Result<bool, NoEvent> {
+        let Some(numbering) = &mut self.numbering else {
+            return Ok(false);
+        };
+        let began_s = Numbering::beginning_s(file.identity.modified_s(), epoch);
+        match numbering.relation(began_s) {
+            Relation::Ended => Err(NoEvent::Bad(CorruptReason::EndedNumbering)),
+            Relation::Present => Ok(false),
+            Relation::Next => {
+                if let Err(errno) = numbering.begin(began_s, &self.folder) {
+                    let error = kind(errno);
+                    events.push_back(warning(AlarmCode::CannotKeepNumbering { error }));
+                }
+                events.push_back(self.attached(config));
+                self.scan_is_due = true;
+                Ok(true)
+            }
+        }
+    }
+
+    fn quarantine(&mut self, name: &OsStr, events: &mut VecDeque<Event>) {
+        let done = self.folder.set_aside(name, QUARANTINE);
+        self.finish(name, done, events, |file, error| {
+            AlarmCode::CannotQuarantine { file, error }
+        });
+    }
+
+    /// Deletes a file that is not needed any more, or keeps it aside where that is configured.
+    fn dispose(&mut self, name: &OsStr, config: &DirectoryConfig, events: &mut VecDeque<Event>) {
+        let done = if config.delete {
+            self.folder.remove(name)
+        } else {
+            self.folder.set_aside(name, DONE)
+        };
+        self.finish(name, done, events, |file, error| AlarmCode::CannotSettle {
+            file,
+            error,
+        });
+    }
+
+    /// Forgets a file that is gone; one that could not be moved is ignored until it changes.
+    fn finish(
+        &mut self,
+        name: &OsStr,
+        done: nix::Result<()>,
+        events: &mut VecDeque<Event>,
+        code: impl FnOnce(String, io::ErrorKind) -> AlarmCode,
+    ) {
+        self.known.remove(name);
+        let (Err(errno), Ok(Some((identity, _)))) = (done, self.folder.look_at(name)) else {
+            return;
+        };
+        let file = name.to_string_lossy().into_owned();
+        events.push_back(warning(code(file, kind(errno))));
+        self.known.insert(name.to_owned(), Known::Ignored(identity));
+    }
+}
+
+/// Reads the words into `scratch`, the key into `out`, and wipes `scratch`.
+fn read_key(
+    file: &OpenFile,
+    header: &Header,
+    scratch: &mut [u8],
+    out: &mut [u8],
+) -> Result<(), NoEvent> {
+    let words = &mut scratch[..header.file_bytes() - HEADER_BYTES];
+    let out = &mut out[..qkd_keyfile::units::bytes_for_bits(header.key_bits)];
+    let done = read_unchanged(file, header, words, out);
+    words.zeroize();
+    if done.is_err() {
+        out.zeroize();
+    }
+    done
+}
+
+fn read_unchanged(
+    file: &OpenFile,
+    header: &Header,
+    words: &mut [u8],
+    out: &mut [u8],
+) -> Result<(), NoEvent> {
+    file.read_exact(words, HEADER_BYTES)?;
+    decode_key(header, words, out).map_err(CorruptReason::from)?;
+    if file.is_unchanged() {
+        Ok(())
+    } else {
+        Err(NoEvent::Later)
+    }
+}
+
+/// Eight lower-case hexadecimal digits.
+fn epoch_of(name: &OsStr) -> Option<u32> {
+    let text = name.to_str().filter(|text| text.len() == 8)?;
+    let lower = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    lower.then(|| u32::from_str_radix(text, 16).ok()).flatten()
+}
+
+fn id_of(name: &OsStr) -> Option<QkdKeyId> {
+    name.to_str()?.parse().ok()
+}
+
+/// Hidden files, the side folders, and what the usual writers call a file that is to be renamed.
+fn is_ours_or_temporary(name: &OsStr) -> bool {
+    let bytes = name.as_encoded_bytes();
+    bytes.starts_with(b".")
+        || bytes.ends_with(b".tmp")
+        || bytes.ends_with(b".part")
+        || name == QUARANTINE
+        || name == DONE
+}
+
+/// Extended epochs count from 1970; the time stamp is the beginning of the first.
+fn generated_at(epoch: u32) -> UnixTime {
+    UnixTime((u64::from(epoch) * EPOCH_NS).cast_signed())
+}
+
+fn warning(code: AlarmCode) -> Event {
+    let severity = match code {
+        AlarmCode::CannotSettle { .. } => Severity::Security,
+        _ => Severity::Warning,
+    };
+    Event::Alarm(Alarm { code, severity })
+}
+
+fn kind(errno: Errno) -> io::ErrorKind {
+    io::Error::from(errno).kind()
+}
+
+/// Names kept between two scans. More wait in the folder.
+const MAX_CANDIDATES: usize = 4096;

@@ -1,0 +1,240 @@
+//! What a module can tell. No event holds a key byte.
+
+use qkd_handover::type7::Type7Error;
+use qkd_keyfile::{QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
+
+/// Something that happened at a module.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A key block is at the start of the caller's buffer. It stays outstanding until it is settled.
+    Key(KeyBlock),
+    /// The module gave up a block: there is an ID, and no key. Nothing is to be settled.
+    Empty {
+        /// ID of the QKD-key that is not there.
+        id: QkdKeyId,
+    },
+    /// A measured value.
+    Metric(Metric),
+    /// What the module is doing.
+    State(ModuleState),
+    /// Something that an operator should know.
+    Alarm(Alarm),
+    /// The module delivered, and it did not arrive, or the module itself dropped it.
+    Gap {
+        /// Number of blocks lost.
+        blocks: u64,
+    },
+    /// A block failed a check. It was set aside or dropped, and the module goes on.
+    Corrupt {
+        /// ID of the QKD-key, where what is left of the block tells it.
+        id: Option<QkdKeyId>,
+        /// What was wrong with it.
+        reason: CorruptReason,
+    },
+    /// The module is out of reach. The driver tries to reach it again by itself.
+    ///
+    /// Key blocks that were not settled may come again.
+    Detached {
+        /// Why.
+        reason: DetachReason,
+    },
+    /// The module is within reach (again), or began to number its keys anew.
+    Attached {
+        /// Who the module says it is; for files, where they lie.
+        device: String,
+        /// Changes when the module numbers its QKD-keys anew, so that IDs may repeat.
+        ///
+        /// `None` where it cannot be told yet, or IDs do not repeat.
+        session: Option<u64>,
+    },
+}
+
+/// A key block in the caller's buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyBlock {
+    /// Y.3803 Table 1 (1), as far as the hand-over tells.
+    pub metadata: QkdKeyMetadata,
+    /// Length of the key, in bits. The first bit is the top bit of the buffer's first byte; unused
+    /// bits of the last byte are zero.
+    pub key_bits: u32,
+}
+
+impl KeyBlock {
+    /// Bytes of the caller's buffer that the key takes.
+    #[must_use]
+    pub const fn len_bytes(&self) -> usize {
+        bytes_for_bits(self.key_bits)
+    }
+}
+
+/// A measured value.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Metric {
+    /// What was measured.
+    pub kind: MetricKind,
+    /// The value, in the unit that [`MetricKind`] names.
+    pub value: f64,
+    /// Where it lies.
+    pub band: Band,
+}
+
+/// What a module measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MetricKind {
+    /// Quantum bit error rate, as a fraction of 1.
+    Qber,
+    /// Secret key rate, in bits per second.
+    KeyRate,
+    /// Interference visibility, as a fraction of 1.
+    Visibility,
+}
+
+/// Where a value lies, as the module judges it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Band {
+    /// As it should be.
+    Ok,
+    /// Outside the range of normal operation: a warning.
+    OperationOutOfRange,
+    /// Outside the range in which the module's keys can be trusted.
+    AbsoluteOutOfRange,
+}
+
+/// What a module is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ModuleState {
+    /// Starting, self-test, alignment.
+    Initializing,
+    /// Making keys.
+    Running,
+    /// Not making keys, and able to.
+    Paused,
+    /// Recovering from an error.
+    HandlingError,
+    /// Shutting down.
+    PoweringOff,
+}
+
+/// Something that an operator should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Alarm {
+    /// What.
+    pub code: AlarmCode,
+    /// How bad.
+    pub severity: Severity,
+}
+
+/// What an alarm is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AlarmCode {
+    /// A bad hand-over file could not be moved to the quarantine folder. It is left where it is and
+    /// ignored until it changes.
+    CannotQuarantine {
+        /// Name of the file.
+        file: String,
+        /// The operating system's reason.
+        error: std::io::ErrorKind,
+    },
+    /// A settled hand-over file could not be deleted or moved. **Its key bits are still there.**
+    CannotSettle {
+        /// Name of the file.
+        file: String,
+        /// The operating system's reason.
+        error: std::io::ErrorKind,
+    },
+    /// The folder's state could not be written: a restart may not notice that the numbering began
+    /// anew in between.
+    CannotKeepNumbering {
+        /// The operating system's reason.
+        error: std::io::ErrorKind,
+    },
+}
+
+/// How bad an alarm is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Severity {
+    /// Good to know.
+    Info,
+    /// Keys still flow.
+    Warning,
+    /// Keys are lost or do not flow.
+    Error,
+    /// The security of keys is in question.
+    Security,
+}
+
+/// Why a block was not delivered.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CorruptReason {
+    /// A link, folder, pipe or device where a hand-over file should be.
+    #[error("not a regular file")]
+    NotRegular,
+    /// The file belongs to a user who is not trusted with keys.
+    #[error("file belongs to user {uid}")]
+    Owner {
+        /// The user's number.
+        uid: u32,
+    },
+    /// Others than its owner can write to the file.
+    #[error("file mode {mode:o} lets others write to it")]
+    Mode {
+        /// The permission bits.
+        mode: u32,
+    },
+    /// The operating system does not let the file be read.
+    #[error("file cannot be read: {error}")]
+    Unreadable {
+        /// Its reason.
+        error: std::io::ErrorKind,
+    },
+    /// The file's name is none that a hand-over file has.
+    #[error("{name:?} is no name of a hand-over file")]
+    Name {
+        /// Start of the name.
+        name: String,
+    },
+    /// The file is longer than its header says.
+    #[error("file of {have_bytes} bytes, {need_bytes} by its header")]
+    TooLong {
+        /// Length of the file, in bytes.
+        have_bytes: u64,
+        /// Length by the header, in bytes.
+        need_bytes: usize,
+    },
+    /// The file stopped growing before it was whole.
+    #[error("file stopped growing at {have_bytes} bytes of {need_bytes}")]
+    Incomplete {
+        /// Length of the file, in bytes.
+        have_bytes: u64,
+        /// Length by the header, in bytes; that of the header itself if not even that is there.
+        need_bytes: usize,
+    },
+    /// The key is longer than the configured bound.
+    #[error("{key_bits} key bits, {max_bits} allowed by the configuration")]
+    TooManyBits {
+        /// Length of the key, in bits.
+        key_bits: u32,
+        /// The bound, in bits.
+        max_bits: u32,
+    },
+    /// The file belongs to a numbering that ended before one whose keys were delivered already.
+    #[error("written before the numbering began anew")]
+    EndedNumbering,
+    /// Not a final-key file.
+    #[error(transparent)]
+    Type7(#[from] Type7Error),
+}
+
+/// Why a module is out of reach.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DetachReason {
+    /// The hand-over folder was removed, replaced or can no longer be read.
+    #[error("hand-over folder is gone")]
+    FolderGone,
+}
