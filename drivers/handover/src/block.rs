@@ -149,6 +149,7 @@ impl BlockHeader {
 
     /// The block's number in decimal: the QKD-key ID, equal at both ends.
     #[must_use]
+    #[expect(clippy::missing_panics_doc, reason = "20 digits are always an ID")]
     pub fn qkd_key_id(&self) -> QkdKeyId {
         self.number
             .to_string()

@@ -153,8 +153,13 @@ pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) -> Result<(), EncodeError> {
 }
 
 fn raw_frame(frame: &Frame<'_>) -> Result<Zeroizing<Vec<u8>>, EncodeError> {
-    let (kind, flags, head, tail) = payload(&frame.body)?;
-    let bytes = head.len() + tail.len();
+    let Payload {
+        kind,
+        flags,
+        head,
+        key,
+    } = payload(&frame.body)?;
+    let bytes = head.len() + key.len();
     let length = u32::try_from(bytes)
         .ok()
         .filter(|_| bytes <= MAX_PAYLOAD_BYTES)
@@ -166,15 +171,22 @@ fn raw_frame(frame: &Frame<'_>) -> Result<Zeroizing<Vec<u8>>, EncodeError> {
     raw.extend_from_slice(&frame.seq.to_le_bytes());
     raw.extend_from_slice(&length.to_le_bytes());
     raw.extend_from_slice(&head);
-    raw.extend_from_slice(tail);
+    raw.extend_from_slice(key);
     let crc = crc32c::crc32c(&raw);
     raw.extend_from_slice(&crc.to_le_bytes());
     Ok(raw)
 }
 
-/// Type, flags and payload; the payload's second part is the key, which is not copied.
-fn payload<'a>(body: &Body<'a>) -> Result<(u8, u16, Vec<u8>, &'a [u8]), EncodeError> {
-    Ok(match body {
+struct Payload<'a> {
+    kind: u8,
+    flags: u16,
+    /// All of it but the key, which is not copied.
+    head: Vec<u8>,
+    key: &'a [u8],
+}
+
+fn payload<'a>(body: &Body<'a>) -> Result<Payload<'a>, EncodeError> {
+    let (kind, flags, head, key): (_, _, _, &[u8]) = match body {
         Body::Hello { device } if device.is_empty() || device.len() > MAX_DEVICE_BYTES => {
             return Err(EncodeError::Device {
                 bytes: device.len(),
@@ -183,16 +195,31 @@ fn payload<'a>(body: &Body<'a>) -> Result<(u8, u16, Vec<u8>, &'a [u8]), EncodeEr
         Body::Hello { device } => (HELLO, 0, device.as_bytes().to_vec(), &[]),
         Body::Key { header, key } => (KEY, 0, header.encode(key)?.to_vec(), key),
         Body::Status(status) => (STATUS, 0, status.encode().into_bytes(), &[]),
-        Body::Credit(credit) => {
-            let mut payload = Vec::with_capacity(CREDIT_BYTES);
-            payload.extend_from_slice(&credit.durable.to_le_bytes());
-            payload.extend_from_slice(&credit.received.to_le_bytes());
-            payload.extend_from_slice(&credit.window_blocks.to_le_bytes());
-            let flags = u16::from(credit.resend) * RESEND | u16::from(credit.greet) * GREET;
-            (CREDIT, flags, payload, &[])
-        }
+        Body::Credit(credit) => (CREDIT, credit.flags(), credit.encode(), &[]),
         Body::End => (END, 0, Vec::new(), &[]),
+    };
+    Ok(Payload {
+        kind,
+        flags,
+        head,
+        key,
     })
+}
+
+impl Credit {
+    fn flags(&self) -> u16 {
+        let resend = if self.resend { RESEND } else { 0 };
+        let greet = if self.greet { GREET } else { 0 };
+        resend | greet
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut payload = Vec::with_capacity(CREDIT_BYTES);
+        payload.extend_from_slice(&self.durable.to_le_bytes());
+        payload.extend_from_slice(&self.received.to_le_bytes());
+        payload.extend_from_slice(&self.window_blocks.to_le_bytes());
+        payload
+    }
 }
 
 impl std::fmt::Debug for Body<'_> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use qkd_keyfile::Mono;
 
-use super::{Body, Credit, EncodeError, Frame, encode};
+use super::{Body, Credit, Frame, encode};
 use crate::{block::BlockHeader, status::Status};
 
 /// Takes blocks in order, counts what is not, and says which credit to send next.
@@ -202,18 +202,15 @@ impl Receiver {
     }
 
     /// Appends the next frame to `out`, if there is one.
-    ///
-    /// # Errors
-    ///
-    /// None for a credit, which always fits; the type is that of [`encode`].
-    pub fn poll_transmit(&mut self, now: Mono, out: &mut Vec<u8>) -> Result<bool, EncodeError> {
+    #[expect(clippy::missing_panics_doc, reason = "a credit always fits")]
+    pub fn poll_transmit(&mut self, now: Mono, out: &mut Vec<u8>) -> bool {
         let Owed {
             credit,
             resend,
             greet,
         } = std::mem::take(&mut self.owed);
         if !credit {
-            return Ok(false);
+            return false;
         }
         let frame = Frame {
             session: if self.greeted { self.session } else { 0 },
@@ -226,9 +223,9 @@ impl Receiver {
                 greet,
             }),
         };
-        encode(&frame, out)?;
+        encode(&frame, out).expect("a credit fits");
         self.retry_at = (!self.greeted).then(|| now.after(self.retry_after));
-        Ok(true)
+        true
     }
 
     /// When [`handle_timeout`](Self::handle_timeout) wants to be called, if at all.

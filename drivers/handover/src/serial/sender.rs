@@ -208,6 +208,10 @@ impl Sender {
     }
 
     /// Appends the next frame to `out`, if there is one; `out` comes to hold key (see [`encode`]).
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "what is encoded was checked on its way in"
+    )]
     pub fn poll_transmit(&mut self, now: Mono, out: &mut Vec<u8>) -> bool {
         let Some((seq, body)) = self.next_body() else {
             return false;
@@ -217,7 +221,7 @@ impl Sender {
             seq,
             body,
         };
-        encode(&frame, out).expect("name and blocks were checked when they came in");
+        encode(&frame, out).expect("name and blocks were checked");
         match frame.body {
             Body::Hello { .. } => self.hello_due = false,
             Body::Status(_) => self.status_due = None,
