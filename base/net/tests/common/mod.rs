@@ -1,0 +1,162 @@
+//! An authority in a temporary directory, and nodes under it.
+#![allow(dead_code, reason = "every test file uses a part")]
+
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use qkd_keyfile::{NodeId, UnixTime};
+use qkd_net::{
+    Credentials, LinkEvent, Links, LinksConfig, LinksHandle, Peer, Reloadable,
+    links::LinkTiming,
+    pki::{self, Request},
+};
+use tempfile::TempDir;
+use tokio::{net::TcpListener, sync::mpsc::Receiver, time::timeout};
+
+/// No step of any test takes this long on a healthy machine, however busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub fn now() -> UnixTime {
+    let since = SystemTime::UNIX_EPOCH.elapsed().unwrap();
+    UnixTime(i64::try_from(since.as_nanos()).unwrap())
+}
+
+pub fn node(id: &str) -> NodeId {
+    id.parse().unwrap()
+}
+
+/// Nodes "a", "b" and "c" and the application "app".
+pub fn authority() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let request = Request {
+        nodes: &["a", "b", "c"].map(node),
+        apps: &["app".parse().unwrap()],
+        extra_hosts: &[],
+        now: now(),
+        valid_days: 30,
+    };
+    pki::init(dir.path(), &request).unwrap();
+    dir
+}
+
+/// Credentials of `who` ("node-a") under the authority of another directory.
+pub fn mixed(authority: &Path, own: &Path, who: &str) -> Credentials {
+    Credentials::load(
+        &authority.join("ca.pem"),
+        &own.join(format!("{who}.pem")),
+        &own.join(format!("{who}.key")),
+    )
+    .unwrap()
+}
+
+pub fn credentials(dir: &Path, who: &str) -> Credentials {
+    mixed(dir, dir, who)
+}
+
+pub fn reloadable(dir: &Path, who: &str) -> Arc<Reloadable> {
+    let loaded = Reloadable::load(
+        &dir.join("ca.pem"),
+        &dir.join(format!("{who}.pem")),
+        &dir.join(format!("{who}.key")),
+    );
+    Arc::new(loaded.unwrap())
+}
+
+pub async fn listener() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (listener, address)
+}
+
+pub fn timing() -> LinkTiming {
+    LinkTiming {
+        retry_at_most: Duration::from_millis(200),
+        ..LinkTiming::default()
+    }
+}
+
+/// One running end.
+pub struct End {
+    pub handle: LinksHandle,
+    pub events: Receiver<LinkEvent>,
+}
+
+impl End {
+    pub fn start(
+        dir: &Path,
+        me: &str,
+        listen: Option<TcpListener>,
+        peers: &[(&str, &str)],
+        timing: LinkTiming,
+    ) -> Self {
+        let peers = peers.iter().map(|(id, address)| Peer {
+            id: node(id),
+            address: (*address).to_owned(),
+        });
+        let config = LinksConfig {
+            me: node(me),
+            listen,
+            peers: peers.collect(),
+            credentials: reloadable(dir, &format!("node-{me}")),
+            timing,
+            seed: 1,
+        };
+        let (handle, events) = Links::start(config).unwrap();
+        Self { handle, events }
+    }
+
+    pub async fn next(&mut self) -> LinkEvent {
+        let event = timeout(PATIENCE, self.events.recv()).await;
+        event.expect("no event in time").expect("links have ended")
+    }
+
+    /// The next event, which must be an `Up` of `peer`; its connection.
+    pub async fn up(&mut self, peer: &str) -> u64 {
+        match self.next().await {
+            LinkEvent::Up {
+                peer: who,
+                connection,
+            } if who == node(peer) => connection,
+            other => panic!("expected Up of {peer}, got {other:?}"),
+        }
+    }
+
+    /// Waits for `peer` to come up, whatever happens before.
+    pub async fn up_at_last(&mut self, peer: &str) -> u64 {
+        loop {
+            if let LinkEvent::Up {
+                peer: who,
+                connection,
+            } = self.next().await
+                && who == node(peer)
+            {
+                return connection;
+            }
+        }
+    }
+
+    /// The reason of the next `Down` of `peer`, whatever happens before.
+    pub async fn down(&mut self, peer: &str) -> qkd_net::links::DownReason {
+        loop {
+            if let LinkEvent::Down {
+                peer: who, reason, ..
+            } = self.next().await
+                && who == node(peer)
+            {
+                return reason;
+            }
+        }
+    }
+
+    /// The next message of anyone, whatever happens before.
+    pub async fn message(&mut self) -> (NodeId, Vec<u8>) {
+        loop {
+            if let LinkEvent::Message { peer, bytes, .. } = self.next().await {
+                return (peer, bytes);
+            }
+        }
+    }
+}
