@@ -9,7 +9,8 @@
 //! - A [`Backend`] value proves that the CPU has its instructions.
 //! - Every backend gives the same bytes as [`Backend::PORTABLE`], for every length and alignment.
 //! - No branch and no index depends on a byte of the data, only on lengths.
-//! - What a call spills to the stack of key or pad is wiped before it returns. Registers are not.
+//! - Copies of key or pad that a function makes are wiped before it returns. Registers, and what
+//!   the compiler spills of them to the stack, are beyond its reach.
 //!
 //! ```
 //! use qkd_kernels::Backend;

@@ -193,3 +193,130 @@ impl State {
                 && self.free() == blocks_of(self.class()))
     }
 }
+
+#[cfg(all(test, loom))]
+mod tests {
+    use loom::cell::UnsafeCell;
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+
+    /// A region and what it accounts for. Loom fails a run in which two accesses to a cell are
+    /// not ordered by what the region does.
+    struct Model {
+        region: Region,
+        blocks: [UnsafeCell<u8>; 4],
+    }
+
+    impl Model {
+        fn new(class: u8, blocks: u32) -> Arc<Self> {
+            let region = Region::new(4);
+            assert_eq!(region.claim_for(class, blocks), Some(0));
+            region.give_back(0);
+            Arc::new(Self {
+                region,
+                blocks: std::array::from_fn(|_| UnsafeCell::new(0)),
+            })
+        }
+
+        /// What the owner of a block does.
+        fn fill(&self, block: u32) {
+            self.blocks[block as usize].with_mut(|bytes| {
+                // SAFETY:
+                // - Loom checks that no other access to the cell runs at the same time.
+                unsafe { *bytes = bytes.read().wrapping_add(1) };
+            });
+        }
+
+        fn fill_and_give_back(&self, block: u32) {
+            self.fill(block);
+            self.region.give_back(block);
+        }
+    }
+
+    const LONGEST: u8 = 7;
+
+    #[test]
+    fn loom_one_block_has_one_owner_at_a_time() {
+        loom::model(|| {
+            let model = Model::new(LONGEST, 1);
+            let other = Arc::clone(&model);
+            let thread = thread::spawn(move || {
+                other
+                    .region
+                    .take(LONGEST)
+                    .map(|block| other.fill_and_give_back(block))
+                    .is_some()
+            });
+            let here = model
+                .region
+                .take(LONGEST)
+                .map(|block| model.fill_and_give_back(block));
+            assert!(
+                thread.join().unwrap() | here.is_some(),
+                "one of the two was first"
+            );
+            assert_eq!(model.region.take(LONGEST), Some(0));
+        });
+    }
+
+    #[test]
+    fn loom_block_of_one_giver_is_found_through_the_count_of_another() {
+        loom::model(|| {
+            let model = Model::new(LONGEST, 2);
+            let held = [(); 2].map(|()| model.region.take(LONGEST).unwrap());
+            let threads = held.map(|block| {
+                let model = Arc::clone(&model);
+                thread::spawn(move || model.fill_and_give_back(block))
+            });
+            if let Some(block) = model.region.take(LONGEST) {
+                model.fill_and_give_back(block);
+            }
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            let mut again = [(); 2].map(|()| model.region.take(LONGEST).unwrap());
+            again.sort_unstable();
+            assert_eq!(again, [0, 1]);
+        });
+    }
+
+    #[test]
+    fn loom_region_changes_class_only_when_every_block_is_back() {
+        loom::model(|| {
+            let model = Model::new(LONGEST, 1);
+            let block = model.region.take(LONGEST).unwrap();
+            let other = Arc::clone(&model);
+            let thread = thread::spawn(move || other.fill_and_give_back(block));
+            // The new class has four blocks where the old one had one.
+            let claimed = model.region.claim(LONGEST - 1);
+            if let Some(block) = claimed {
+                model.fill(block);
+            }
+            thread.join().unwrap();
+            assert_eq!(model.region.take(LONGEST).is_some(), claimed.is_none());
+        });
+    }
+
+    #[test]
+    fn loom_taker_after_a_change_sees_what_the_old_class_left() {
+        loom::model(|| {
+            let model = Model::new(LONGEST, 1);
+            let block = model.region.take(LONGEST).unwrap();
+            let (giver, claimer) = (Arc::clone(&model), Arc::clone(&model));
+            let giver = thread::spawn(move || giver.fill_and_give_back(block));
+            let claimer = thread::spawn(move || {
+                claimer
+                    .region
+                    .claim(LONGEST - 1)
+                    .inspect(|&block| claimer.region.give_back(block))
+            });
+            if let Some(block) = model.region.take(LONGEST - 1) {
+                model.fill_and_give_back(block);
+            }
+            giver.join().unwrap();
+            let _ = claimer.join().unwrap();
+        });
+    }
+}
