@@ -305,18 +305,17 @@ mod tests {
             let model = Model::new(LONGEST, 1);
             let block = model.region.take(LONGEST).unwrap();
             let (giver, claimer) = (Arc::clone(&model), Arc::clone(&model));
-            let giver = thread::spawn(move || giver.fill_and_give_back(block));
-            let claimer = thread::spawn(move || {
-                claimer
-                    .region
-                    .claim(LONGEST - 1)
-                    .inspect(|&block| claimer.region.give_back(block))
+            let giver = thread::spawn(move || {
+                // The long block lies where the four shorter ones will be.
+                (0..4).for_each(|block| giver.fill(block));
+                giver.region.give_back(block);
             });
+            let claimer = thread::spawn(move || claimer.region.claim(LONGEST - 1));
             if let Some(block) = model.region.take(LONGEST - 1) {
                 model.fill_and_give_back(block);
             }
             giver.join().unwrap();
-            let _ = claimer.join().unwrap();
+            claimer.join().unwrap();
         });
     }
 }
