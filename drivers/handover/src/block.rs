@@ -94,6 +94,16 @@ impl BlockHeader {
         let Some((head, key)) = block.split_first_chunk::<HEADER_BYTES>() else {
             return Err(BlockError::Truncated { have: block.len() });
         };
+        let header = Self::decode_parts(head, key)?;
+        Ok((header, key))
+    }
+
+    /// The same for a header and a key that do not lie together.
+    ///
+    /// # Errors
+    ///
+    /// As [`decode`](Self::decode).
+    pub fn decode_parts(head: &[u8; HEADER_BYTES], key: &[u8]) -> Result<Self, BlockError> {
         let [
             n0,
             n1,
@@ -129,7 +139,7 @@ impl BlockHeader {
             qber_ppm: (qber_ppm != QBER_UNKNOWN).then_some(qber_ppm),
         };
         header.check(key)?;
-        Ok((header, key))
+        Ok(header)
     }
 
     /// The header's bytes, which hold no key bit. A block is these bytes followed by the key.

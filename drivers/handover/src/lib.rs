@@ -6,7 +6,8 @@
 //! - [`ring`]: records through shared memory; `include/qkd_ring.h` is its C side.
 //!
 //! It knows nothing of sockets, files, devices, clocks or what happens to a key afterwards: bytes
-//! come in and go out in buffers that the caller owns and wipes.
+//! come in and go out in buffers that the caller owns and wipes. Only the ring maps memory itself,
+//! so that no caller needs unsafe code.
 //!
 //! # Invariants
 //!
@@ -18,7 +19,6 @@
 #![deny(unsafe_code)]
 
 pub mod block;
-#[allow(unsafe_code)]
 pub mod ring;
 pub mod serial;
 pub mod status;

@@ -1,0 +1,269 @@
+//! Memory that two processes share, as words that are only ever accessed atomically.
+//!
+//! The one place with unsafe code. There is no way from here to a `&[u8]`: the other process may
+//! write at any time, and a reference would promise that nobody does.
+
+use super::{
+    HEADER_BYTES, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES,
+    sync::{AtomicU64, Ordering},
+};
+
+/// Why the memory of a ring could not be had. Nothing stays mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MapError {
+    /// Not a power of 2, or too small or too large.
+    #[error(
+        "ring of {capacity_bytes} bytes: a power of 2 from {MIN_CAPACITY_BYTES} to \
+         {MAX_CAPACITY_BYTES} is needed"
+    )]
+    Capacity {
+        /// The capacity asked for or found.
+        capacity_bytes: usize,
+    },
+    /// The descriptor is not that of a memfd which is sealed against changes of size.
+    #[error("the ring's memory is not sealed against changes of size")]
+    NotSealed,
+    /// The kernel refused a step.
+    #[error("cannot {step} the ring's memory")]
+    Os {
+        /// What was to be done.
+        step: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: nix::errno::Errno,
+    },
+}
+
+pub(super) fn check_capacity(capacity_bytes: usize) -> Result<(), MapError> {
+    let fits = (MIN_CAPACITY_BYTES..=MAX_CAPACITY_BYTES).contains(&capacity_bytes);
+    if fits && capacity_bytes.is_power_of_two() {
+        Ok(())
+    } else {
+        Err(MapError::Capacity { capacity_bytes })
+    }
+}
+
+impl Memory {
+    /// Copies `out.len()` bytes from the ring, starting at `position`, a multiple of 8.
+    pub(super) fn copy_out(&self, capacity: usize, position: u64, out: &mut [u8]) {
+        for (place, bytes) in self.places(capacity, position).zip(out.chunks_mut(8)) {
+            // ORDERING: Relaxed; the caller loaded the write position with Acquire.
+            let word = self.word(place).load(Ordering::Relaxed).to_le_bytes();
+            bytes.copy_from_slice(&word[..bytes.len()]);
+        }
+    }
+
+    /// Copies `bytes` into the ring, starting at `position`, a multiple of 8; what is left of the
+    /// last word becomes zero.
+    pub(super) fn copy_in(&self, capacity: usize, position: u64, bytes: &[u8]) {
+        for (place, bytes) in self.places(capacity, position).zip(bytes.chunks(8)) {
+            let mut word = [0; 8];
+            word[..bytes.len()].copy_from_slice(bytes);
+            // ORDERING: Relaxed; the caller stores the write position with Release.
+            self.word(place)
+                .store(u64::from_le_bytes(word), Ordering::Relaxed);
+        }
+    }
+
+    /// Makes `len_bytes` of the ring zero, starting at `position`, both multiples of 8.
+    pub(super) fn wipe(&self, capacity: usize, position: u64, len_bytes: usize) {
+        for place in self.places(capacity, position).take(len_bytes / 8) {
+            // ORDERING: Relaxed; the caller stores the read position with Release.
+            self.word(place).store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Places of the words from `position` on, around the ring without end.
+    fn places(&self, capacity: usize, position: u64) -> impl Iterator<Item = usize> {
+        let mask = capacity as u64 - 1;
+        (0_u64..).map(move |i| place_of(position.wrapping_add(8 * i) & mask))
+    }
+}
+
+/// A place in the data, which is below the capacity and so fits.
+#[expect(clippy::cast_possible_truncation, reason = "below the capacity")]
+const fn place_of(offset: u64) -> usize {
+    HEADER_BYTES + offset as usize
+}
+
+#[cfg(not(any(loom, miri)))]
+pub(super) use mapped::Memory;
+#[cfg(any(loom, miri))]
+pub(super) use modelled::Memory;
+
+#[cfg(not(any(loom, miri)))]
+#[allow(unsafe_code)]
+mod mapped {
+    use std::num::NonZeroUsize;
+    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+    use std::ptr::NonNull;
+
+    use nix::{
+        errno::Errno,
+        fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
+        sys::{
+            memfd::{MFdFlags, memfd_create},
+            mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap, munmap},
+            stat::fstat,
+        },
+        unistd::ftruncate,
+    };
+
+    use super::{AtomicU64, HEADER_BYTES, MapError, check_capacity};
+
+    /// A shared mapping of a memfd that cannot shrink.
+    pub(in super::super) struct Memory {
+        base: NonNull<u8>,
+        len_bytes: NonZeroUsize,
+    }
+
+    // SAFETY:
+    // - A `Memory` owns its mapping and has no thread affinity: `munmap` works from any thread.
+    unsafe impl Send for Memory {}
+    // SAFETY:
+    // - A shared `Memory` gives out atomics only, which are made to be shared.
+    unsafe impl Sync for Memory {}
+
+    impl Memory {
+        /// Makes zeroed memory for a ring and seals its size.
+        pub(in super::super) fn create(capacity_bytes: usize) -> Result<(Self, OwnedFd), MapError> {
+            check_capacity(capacity_bytes)?;
+            let len = i64::try_from(HEADER_BYTES + capacity_bytes)
+                .map_err(|_| MapError::Capacity { capacity_bytes })?;
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let fd = memfd_create("qkd-ring", flags).map_err(os("create"))?;
+            ftruncate(&fd, len).map_err(os("size"))?;
+            // Takes the pages now: with none left this is an error, later it would be SIGBUS.
+            fallocate(&fd, FallocateFlags::empty(), 0, len).map_err(os("reserve"))?;
+            let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+            fcntl(&fd, FcntlArg::F_ADD_SEALS(seals)).map_err(os("seal"))?;
+            Ok((Self::open(fd.as_fd())?.0, fd))
+        }
+
+        /// Maps the memory of a ring that another process made; also returns its capacity.
+        pub(in super::super) fn open(fd: BorrowedFd<'_>) -> Result<(Self, usize), MapError> {
+            // Of all descriptors only a memfd has seals.
+            let seals = fcntl(fd, FcntlArg::F_GET_SEALS)
+                .map_err(|_| MapError::NotSealed)
+                .map(SealFlag::from_bits_truncate)?;
+            if !seals.contains(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW) {
+                return Err(MapError::NotSealed);
+            }
+            let len = fstat(fd).map_err(os("examine"))?.st_size;
+            let len = usize::try_from(len).unwrap_or(0);
+            let capacity_bytes = len.saturating_sub(HEADER_BYTES);
+            check_capacity(capacity_bytes)?;
+            let len_bytes = NonZeroUsize::new(len).ok_or(MapError::Capacity { capacity_bytes })?;
+            let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+            // SAFETY:
+            // - The kernel picks the address, so nothing that is in use gets replaced.
+            let base = unsafe { mmap(None, len_bytes, prot, MapFlags::MAP_SHARED, fd, 0) }
+                .map_err(os("map"))?;
+            let memory = Self {
+                base: base.cast(),
+                len_bytes,
+            };
+            memory.protect()?;
+            Ok((memory, capacity_bytes))
+        }
+
+        /// The word at `offset_bytes`, a multiple of 8.
+        pub(in super::super) fn word(&self, offset_bytes: usize) -> &AtomicU64 {
+            assert!(offset_bytes < self.len_bytes.get() && offset_bytes.is_multiple_of(8));
+            // SAFETY:
+            // - The sum stays inside one mapping: `offset_bytes < len_bytes`, which is far below
+            //   `isize::MAX`.
+            let word = unsafe { self.base.add(offset_bytes) }.cast::<u64>();
+            // SAFETY:
+            // - `word` is aligned: the mapping begins at a page, the offset is a multiple of 8.
+            // - It is valid for reads and writes of 8 bytes for as long as `self`: the length of
+            //   the mapping is a multiple of 8, it is read-write, and the seals, checked in
+            //   `open`, keep the file behind it from shrinking.
+            // - All accesses in this process are atomic and of this size: they all come through
+            //   here. Another process cannot break the rules of this one's memory; to it the word
+            //   is a word that may change at any time, which is what an atomic is.
+            unsafe { AtomicU64::from_ptr(word.as_ptr()) }
+        }
+
+        /// Keeps key out of core dumps, and out of swap where the lock limit allows.
+        fn protect(&self) -> Result<(), MapError> {
+            // SAFETY:
+            // - The range is the mapping that `self` owns; the advice concerns dumps only.
+            unsafe {
+                madvise(
+                    self.base.cast(),
+                    self.len_bytes.get(),
+                    MmapAdvise::MADV_DONTDUMP,
+                )
+            }
+            .map_err(os("protect"))?;
+            // SAFETY:
+            // - The range is the mapping that `self` owns; locking changes no byte of it.
+            let locked = unsafe { mlock(self.base.cast(), self.len_bytes.get()) };
+            match locked {
+                // The limit is for the key pool; what passes through here stays a moment.
+                Ok(()) | Err(Errno::ENOMEM | Errno::EPERM | Errno::EAGAIN) => Ok(()),
+                Err(source) => Err(MapError::Os {
+                    step: "lock",
+                    source,
+                }),
+            }
+        }
+    }
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            // SAFETY:
+            // - The range is exactly what `mmap` gave.
+            // - Every reference to a word borrows `self`, so none is left.
+            let unmapped = unsafe { munmap(self.base.cast(), self.len_bytes.get()) };
+            debug_assert!(unmapped.is_ok(), "a mapping of our own can be unmapped");
+        }
+    }
+
+    fn os(step: &'static str) -> impl FnOnce(Errno) -> MapError {
+        move |source| MapError::Os { step, source }
+    }
+}
+
+/// The same words where there is no kernel to map them: under loom and Miri.
+#[cfg(any(loom, miri))]
+mod modelled {
+    use std::os::fd::{BorrowedFd, OwnedFd};
+    use std::sync::Arc;
+
+    use super::{super::at, AtomicU64, HEADER_BYTES, MapError};
+
+    #[derive(Clone)]
+    pub(in super::super) struct Memory {
+        header: Arc<[AtomicU64]>,
+        data: Arc<[AtomicU64]>,
+    }
+
+    impl Memory {
+        pub(in super::super) fn model(capacity_bytes: usize) -> Self {
+            let zeros = |bytes: usize| (0..bytes / 8).map(|_| AtomicU64::new(0)).collect();
+            Self {
+                header: zeros(at::DURABLE + 8),
+                data: zeros(capacity_bytes),
+            }
+        }
+
+        pub(in super::super) fn word(&self, offset_bytes: usize) -> &AtomicU64 {
+            assert!(offset_bytes.is_multiple_of(8));
+            match offset_bytes.checked_sub(HEADER_BYTES) {
+                Some(offset_bytes) => &self.data[offset_bytes / 8],
+                None => &self.header[offset_bytes / 8],
+            }
+        }
+
+        pub(in super::super) fn create(_: usize) -> Result<(Self, OwnedFd), MapError> {
+            Err(MapError::NotSealed)
+        }
+
+        pub(in super::super) fn open(_: BorrowedFd<'_>) -> Result<(Self, usize), MapError> {
+            Err(MapError::NotSealed)
+        }
+    }
+}
