@@ -1,0 +1,235 @@
+//! Rows in LMDB.
+//!
+//! LMDB commits a transaction atomically and keeps what is committed over a crash; it does not
+//! notice a damaged page, and may follow one out of its map and end the process. The seal tags
+//! outside of it turn damage into an error. Should the database be beyond reading, remove its
+//! directory (`rows`): every row is then reported missing, one by one, by who asks for it.
+
+#![expect(
+    unsafe_code,
+    reason = "heed opens a database through an unsafe function"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use heed::types::Bytes;
+use heed::{CommitOrAbort, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
+
+use super::disk::{Directory, make_directory, sync_directory};
+use super::kek::KekSource;
+use super::sealed::{Rows, SealedVault};
+use super::{RowId, VaultError};
+
+/// Limits of the row database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LmdbOptions {
+    /// The longest that the database may become, at least 1 MiB. Address space is reserved for it;
+    /// the file grows as it is needed, and does not shrink.
+    pub max_bytes: usize,
+}
+
+impl Default for LmdbOptions {
+    /// 16 GiB.
+    fn default() -> Self {
+        Self {
+            max_bytes: 16 << 30,
+        }
+    }
+}
+
+/// Opens the store in `dir`, or makes it (the directory too, mode 0700).
+///
+/// # Errors
+///
+/// - [`VaultError::InUse`]: another process has it.
+/// - [`VaultError::Kek`], [`VaultError::WrongKek`]: nothing was changed; come back with the key.
+/// - [`VaultError::JournalDamaged`], [`VaultError::Header`], [`VaultError::Missing`],
+///   [`VaultError::OtherStore`], [`VaultError::Database`]: the store is damaged. Nothing was
+///   repaired.
+/// - [`VaultError::NewerVersion`], [`VaultError::OtherKind`]: not a store for this backend.
+/// - [`VaultError::Io`], [`VaultError::NotDurable`], [`VaultError::Generator`]: the system refused.
+pub fn open_lmdb(
+    dir: &Path,
+    kek: &KekSource,
+    options: LmdbOptions,
+) -> Result<SealedVault, VaultError> {
+    let directory = Directory::lock(dir)?;
+    let rows_dir = directory.path().join("rows");
+    SealedVault::open(Box::new(directory), kek, || {
+        Ok(Box::new(LmdbRows::open(rows_dir, options)?))
+    })
+}
+
+struct LmdbRows {
+    env: Env<WithoutTls>,
+    max_bytes: usize,
+}
+
+impl LmdbRows {
+    fn open(dir: PathBuf, options: LmdbOptions) -> Result<Self, VaultError> {
+        let io = |source| VaultError::Io {
+            file: "rows",
+            source,
+        };
+        make_directory(&dir).map_err(io)?;
+        let max_bytes = options.max_bytes.max(MIN_BYTES) / MIN_BYTES * MIN_BYTES;
+        let env = open_env(&dir, max_bytes).map_err(refused)?;
+        sync_directory(&dir).map_err(io)?;
+        Ok(Self { env, max_bytes })
+    }
+
+    fn reading(
+        &self,
+        body: impl FnOnce(Table, &RoTxn) -> heed::Result<()>,
+    ) -> Result<(), VaultError> {
+        let txn = self.env.read_txn().map_err(refused)?;
+        let done = self.env.open_databases_and_commit(txn, |opener, txn| {
+            let table = opener.open_database::<Bytes, Bytes>(txn, None)?;
+            let table = table.ok_or(heed::Error::Mdb(MdbError::NotFound))?;
+            body(table, txn).map(CommitOrAbort::<(), ()>::Commit)
+        });
+        done.map(CommitOrAbort::unwrap_commit).map_err(refused)
+    }
+
+    /// One transaction, durable when this returns.
+    fn writing(
+        &self,
+        body: impl FnOnce(Table, &mut RwTxn) -> heed::Result<()>,
+    ) -> Result<(), VaultError> {
+        let txn = self.env.write_txn().map_err(refused)?;
+        let done = self.env.create_databases_and_commit(txn, |opener, txn| {
+            let table = opener.create_database::<Bytes, Bytes>(txn, None)?;
+            body(table, txn).map(CommitOrAbort::<(), ()>::Commit)
+        });
+        done.map(CommitOrAbort::unwrap_commit)
+            .map_err(|error| self.classify(error))
+    }
+
+    fn classify(&self, error: heed::Error) -> VaultError {
+        match error {
+            heed::Error::Mdb(MdbError::MapFull) => VaultError::Full {
+                max_bytes: self.max_bytes,
+            },
+            error => refused(error),
+        }
+    }
+
+    fn store(
+        &self,
+        puts: &BTreeMap<RowId, Vec<u8>>,
+        deletes: &BTreeSet<RowId>,
+    ) -> Result<(), VaultError> {
+        self.writing(|table, txn| {
+            for row in deletes {
+                table.delete(txn, &key_of(*row))?;
+            }
+            for (row, sealed) in puts {
+                table.put(txn, &key_of(*row), sealed)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+type Table<'t> = Database<'t, Bytes, Bytes>;
+
+/// Written to have something to commit. Shorter than a row's key.
+const TOUCH_KEY: &[u8] = b"touch";
+
+const MIN_BYTES: usize = 1 << 20;
+
+/// Big-endian, so that rows lie in the order in which they were put.
+const fn key_of(row: RowId) -> [u8; 8] {
+    row.0.to_be_bytes()
+}
+
+/// The whole of the disk is an outcome that is known; all else is not.
+fn refused(error: heed::Error) -> VaultError {
+    let full = match &error {
+        heed::Error::Io(source) => source.kind() == io::ErrorKind::StorageFull,
+        heed::Error::Mdb(MdbError::Other(code)) => {
+            io::Error::from_raw_os_error(*code).kind() == io::ErrorKind::StorageFull
+        }
+        _ => false,
+    };
+    if full {
+        return VaultError::Io {
+            file: "rows",
+            source: io::ErrorKind::StorageFull.into(),
+        };
+    }
+    VaultError::Database(error)
+}
+
+impl Rows for LmdbRows {
+    fn ids(&mut self) -> Result<Vec<RowId>, VaultError> {
+        let mut ids = Vec::new();
+        self.reading(|table, txn| {
+            for entry in table.iter(txn)? {
+                let (key, _) = entry?;
+                if let Ok(key) = key.try_into() {
+                    ids.push(RowId(u64::from_be_bytes(key)));
+                }
+            }
+            Ok(())
+        })?;
+        Ok(ids)
+    }
+
+    /// A part is kept free, for deleting needs pages too.
+    fn check_room(&self, rows: usize, len_bytes: usize) -> Result<(), VaultError> {
+        let stat = self.env.unnamed_database_stat();
+        let page_bytes = (stat.page_size as usize).max(1);
+        let used = stat.branch_pages + stat.leaf_pages + stat.overflow_pages;
+        // The last page of each row is full in part only, and has a header.
+        let wanted = used + 2 * rows + len_bytes.div_ceil(page_bytes);
+        let pages = self.max_bytes / page_bytes;
+        if wanted > pages - pages / 8 {
+            return Err(VaultError::Full {
+                max_bytes: self.max_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    fn read(&self, row: RowId, with: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        self.reading(|table, txn| {
+            if let Some(sealed) = table.get(txn, &key_of(row))? {
+                with(sealed);
+            }
+            Ok(())
+        })
+    }
+
+    fn apply(
+        &mut self,
+        puts: &BTreeMap<RowId, Vec<u8>>,
+        deletes: &BTreeSet<RowId>,
+    ) -> Result<(), VaultError> {
+        match self.store(puts, deletes) {
+            // LMDB reuses pages two transactions after they became free.
+            Err(VaultError::Full { .. }) => {
+                self.store(&BTreeMap::new(), deletes)?;
+                self.writing(|table, txn| table.put(txn, TOUCH_KEY, &[]))?;
+                self.store(puts, &BTreeSet::new())
+            }
+            answer => answer,
+        }
+    }
+}
+
+/// Opens the environment in `dir`.
+fn open_env(dir: &Path, map_bytes: usize) -> heed::Result<Env<WithoutTls>> {
+    let mut options = EnvOpenOptions::new().read_txn_without_tls();
+    options.map_size(map_bytes).max_readers(8);
+    // SAFETY:
+    // - Nobody else changes the file while it is mapped: the store's directory is ours (mode 0700)
+    //   and locked by `Directory::lock` for as long as the vault lives, and heed keeps one
+    //   environment per path in this process.
+    // - No flag that weakens locking or syncing is set.
+    // - A transaction lives inside one call of `reading` or `writing`; none is left open.
+    // - The store is documented as local: LMDB's map is not for remote file systems.
+    unsafe { options.open(dir) }
+}

@@ -1,0 +1,271 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use qkd_keyfile::Incarnation;
+
+use super::disk::Disk;
+use super::journal::{self, Journal, Kind};
+use super::kek::KekSource;
+use super::seal::{Context, NONCE_BYTES, TAG_BYTES, parts};
+use super::slots::{self, DataKey, Slots};
+use super::{GetError, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
+
+/// A database of sealed rows. It never sees a key.
+pub(super) trait Rows: Send {
+    /// Every row, in order.
+    fn ids(&mut self) -> Result<Vec<RowId>, VaultError>;
+
+    /// Fails with [`VaultError::Full`] unless so many rows of so many bytes together fit.
+    fn check_room(&self, rows: usize, len_bytes: usize) -> Result<(), VaultError>;
+
+    /// Shows a row, if it is there.
+    fn read(&self, row: RowId, with: &mut dyn FnMut(&[u8])) -> Result<(), VaultError>;
+
+    /// One durable transaction: all or nothing, unless the error is final.
+    fn apply(
+        &mut self,
+        puts: &BTreeMap<RowId, Vec<u8>>,
+        deletes: &BTreeSet<RowId>,
+    ) -> Result<(), VaultError>;
+}
+
+/// A [`Vault`] whose rows are sealed on disk.
+pub struct SealedVault {
+    journal: Journal,
+    slots: Slots,
+    rows: Box<dyn Rows>,
+    /// Every row of which any trace exists, staged ones too. Its number is not free.
+    known: BTreeSet<RowId>,
+    /// Sealed, not in the database yet.
+    puts: BTreeMap<RowId, Vec<u8>>,
+    /// To be erased when the journal is durable.
+    erasures: BTreeSet<RowId>,
+    /// Without a data key, to be deleted from the database. That only gives back space, so it
+    /// waits for the next transaction.
+    leftovers: BTreeSet<RowId>,
+    poisoned: bool,
+}
+
+/// Deletions do not wait beyond this many rows.
+const MAX_LEFTOVERS: usize = 256;
+
+impl SealedVault {
+    /// Opens or makes journal and slots; `open_rows` comes last, for both are to be valid first.
+    pub(super) fn open(
+        disk: Box<dyn Disk>,
+        kek: &KekSource,
+        open_rows: impl FnOnce() -> Result<Box<dyn Rows>, VaultError>,
+    ) -> Result<Self, VaultError> {
+        let has = |name| {
+            let opened = disk.open(name);
+            opened.map_err(|source| VaultError::Io { file: name, source })
+        };
+        if has(slots::NAME)?.is_some() && has(journal::NAME)?.is_none() {
+            return Err(VaultError::Missing {
+                file: journal::NAME,
+            });
+        }
+        let journal = Journal::open(disk, Kind::Sealed)?;
+        let slots = Slots::open(
+            journal.disk(),
+            journal.incarnation(),
+            kek,
+            journal.is_empty(),
+        )?;
+        let mut rows = open_rows()?;
+        let known = rows.ids()?.into_iter().chain(slots.rows()).collect();
+        Ok(Self {
+            journal,
+            slots,
+            rows,
+            known,
+            puts: BTreeMap::new(),
+            erasures: BTreeSet::new(),
+            leftovers: BTreeSet::new(),
+            poisoned: false,
+        })
+    }
+
+    fn usable(&self) -> Result<(), VaultError> {
+        if self.poisoned {
+            return Err(VaultError::Poisoned);
+        }
+        Ok(())
+    }
+
+    /// Remembers a final failure.
+    fn latch<T>(&mut self, outcome: Result<T, VaultError>) -> Result<T, VaultError> {
+        self.poisoned |= outcome.as_ref().is_err_and(VaultError::is_final);
+        outcome
+    }
+
+    /// Each step is skipped when a later call finds it done.
+    fn commit_in_order(&mut self) -> Result<(), VaultError> {
+        self.slots.commit()?;
+        if !self.puts.is_empty() || self.leftovers.len() > MAX_LEFTOVERS {
+            let puts = std::mem::take(&mut self.puts);
+            if let Err(error) = self.apply(&puts) {
+                self.puts = puts;
+                return Err(error);
+            }
+        }
+        self.journal.commit()?;
+        self.slots.erase(&self.erasures)?;
+        self.leftovers.append(&mut self.erasures);
+        Ok(())
+    }
+
+    /// Puts rows and deletes leftovers, in one transaction.
+    fn apply(&mut self, puts: &BTreeMap<RowId, Vec<u8>>) -> Result<(), VaultError> {
+        self.rows.apply(puts, &self.leftovers)?;
+        for row in std::mem::take(&mut self.leftovers) {
+            self.known.remove(&row);
+        }
+        Ok(())
+    }
+
+    /// Sees to room for one more row, of `len_bytes`.
+    fn make_room(&mut self, len_bytes: usize) -> Result<(), VaultError> {
+        let staged_bytes: usize = self.puts.values().map(Vec::len).sum();
+        let (rows, len_bytes) = (self.puts.len() + 1, staged_bytes + len_bytes);
+        match self.rows.check_room(rows, len_bytes) {
+            Err(VaultError::Full { .. }) if !self.leftovers.is_empty() => {
+                let deleted = self.apply(&BTreeMap::new());
+                self.latch(deleted)?;
+                self.rows.check_room(rows, len_bytes)
+            }
+            answer => answer,
+        }
+    }
+
+    /// Opens a sealed row into `out`.
+    fn unseal(
+        &self,
+        row: RowId,
+        tag: &SealTag,
+        sealed: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), GetError> {
+        let Some((_, cipher, stored_tag)) = parts(sealed) else {
+            return Err(GetError::Damaged { row });
+        };
+        if cipher.len() != out.len() {
+            return Err(GetError::Length {
+                row,
+                have_bytes: cipher.len(),
+                asked_bytes: out.len(),
+            });
+        }
+        if stored_tag != tag.0 {
+            return Err(GetError::OtherRow { row });
+        }
+        let key = self.slots.data_key(row);
+        let key = match key.map_err(|source| GetError::Vault { row, source })? {
+            DataKey::Found(key) => key,
+            DataKey::Gone => return Err(GetError::DataKeyGone { row }),
+            DataKey::Damaged => return Err(GetError::Damaged { row }),
+        };
+        let context = Context::row(self.journal.incarnation(), row);
+        if !key.open(&context, sealed, out) {
+            return Err(GetError::Damaged { row });
+        }
+        Ok(())
+    }
+}
+
+impl Vault for SealedVault {
+    fn incarnation(&self) -> Incarnation {
+        self.journal.incarnation()
+    }
+
+    fn replay(&mut self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        self.journal.replay(each)
+    }
+
+    fn rows(&mut self) -> Result<Vec<RowId>, VaultError> {
+        self.usable()?;
+        let known = self.known.iter().filter(|row| {
+            !self.puts.contains_key(row)
+                && !self.erasures.contains(row)
+                && !self.leftovers.contains(row)
+        });
+        Ok(known.copied().collect())
+    }
+
+    fn append(&mut self, record: &[u8]) {
+        self.journal.append(record);
+    }
+
+    fn put(&mut self, row: RowId, key: &[u8]) -> Result<SealTag, VaultError> {
+        self.usable()?;
+        if key.is_empty() || key.len() > MAX_ROW_BYTES {
+            return Err(VaultError::RowLength {
+                len_bytes: key.len(),
+            });
+        }
+        if self.known.contains(&row) {
+            return Err(VaultError::RowExists { row });
+        }
+        let mut sealed = vec![0; NONCE_BYTES + key.len() + TAG_BYTES];
+        self.make_room(sealed.len())?;
+        let cipher = self.slots.stage(row)?;
+        self.known.insert(row);
+        let context = Context::row(self.journal.incarnation(), row);
+        let tag = cipher.seal(&context, key, &mut sealed);
+        match tag {
+            Ok(_) => drop(self.puts.insert(row, sealed)),
+            Err(_) => self.erase(row),
+        }
+        tag
+    }
+
+    fn get(&mut self, row: RowId, tag: &SealTag, out: &mut [u8]) -> Result<(), GetError> {
+        let failed = |source| GetError::Vault { row, source };
+        self.usable().map_err(failed)?;
+        if self.erasures.contains(&row) || self.leftovers.contains(&row) {
+            return Err(GetError::Missing { row });
+        }
+        if let Some(sealed) = self.puts.get(&row) {
+            return self.unseal(row, tag, sealed, out);
+        }
+        let mut outcome = Err(GetError::Missing { row });
+        self.rows
+            .read(row, &mut |sealed| {
+                outcome = self.unseal(row, tag, sealed, out);
+            })
+            .map_err(failed)?;
+        outcome
+    }
+
+    fn erase(&mut self, row: RowId) {
+        if self.known.contains(&row) && !self.leftovers.contains(&row) {
+            self.puts.remove(&row);
+            self.erasures.insert(row);
+        }
+    }
+
+    fn commit(&mut self) -> Result<(), VaultError> {
+        self.usable()?;
+        let outcome = self.commit_in_order();
+        self.latch(outcome)
+    }
+
+    fn compact(&mut self, snapshot: &mut dyn Iterator<Item = Vec<u8>>) -> Result<(), VaultError> {
+        self.commit()?;
+        let outcome = self.journal.compact(snapshot);
+        self.latch(outcome)
+    }
+
+    fn journal_bytes(&self) -> u64 {
+        self.journal.bytes()
+    }
+}
+
+impl std::fmt::Debug for SealedVault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SealedVault")
+            .field("rows", &self.known.len())
+            .field("journal_bytes", &self.journal.bytes())
+            .field("poisoned", &self.poisoned)
+            .finish_non_exhaustive()
+    }
+}
