@@ -35,15 +35,6 @@ pub enum MapError {
     },
 }
 
-pub(super) fn check_capacity(capacity_bytes: usize) -> Result<(), MapError> {
-    let fits = (MIN_CAPACITY_BYTES..=MAX_CAPACITY_BYTES).contains(&capacity_bytes);
-    if fits && capacity_bytes.is_power_of_two() {
-        Ok(())
-    } else {
-        Err(MapError::Capacity { capacity_bytes })
-    }
-}
-
 impl Memory {
     /// Copies `out.len()` bytes from the ring, starting at `position`, a multiple of 8.
     pub(super) fn copy_out(&self, capacity: usize, position: u64, out: &mut [u8]) {
@@ -110,7 +101,7 @@ mod mapped {
         unistd::ftruncate,
     };
 
-    use super::{AtomicU64, HEADER_BYTES, MapError, check_capacity};
+    use super::{AtomicU64, HEADER_BYTES, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, MapError};
 
     /// A shared mapping of a memfd that cannot shrink.
     pub(in super::super) struct Memory {
@@ -219,6 +210,15 @@ mod mapped {
             // - Every reference to a word borrows `self`, so none is left.
             let unmapped = unsafe { munmap(self.base.cast(), self.len_bytes.get()) };
             debug_assert!(unmapped.is_ok(), "a mapping of our own can be unmapped");
+        }
+    }
+
+    fn check_capacity(capacity_bytes: usize) -> Result<(), MapError> {
+        let fits = (MIN_CAPACITY_BYTES..=MAX_CAPACITY_BYTES).contains(&capacity_bytes);
+        if fits && capacity_bytes.is_power_of_two() {
+            Ok(())
+        } else {
+            Err(MapError::Capacity { capacity_bytes })
         }
     }
 
