@@ -4,6 +4,8 @@
 //!   [`Identity`] says who the peer's certificate says it is.
 //! - [`pki`]: a small certificate authority, so that a network can be tried in a minute.
 //! - [`frame`]: cuts a byte stream into messages, with bounds on length and on time.
+//! - [`json`]: the strict JSON objects that the signalling protocols carry.
+//! - [`serve()`]: accepts connections, a bounded number at a time.
 //! - [`drive()`]: runs a [`qkd_keyfile::Protocol`] over a stream.
 //! - [`links`]: one connection to every configured peer node, kept up.
 //!
@@ -19,15 +21,20 @@
 //!   one connection and is counted.
 #![forbid(unsafe_code)]
 
+pub mod backoff;
 pub mod drive;
 pub mod frame;
 pub mod identity;
+pub mod json;
 pub mod links;
 pub mod pki;
+pub mod serve;
 pub mod tls;
 
+pub use backoff::Backoff;
 pub use drive::{DriveError, Shared, drive};
 pub use frame::{FrameError, FrameReader, Framing, Limits};
 pub use identity::{Identity, IdentityError};
 pub use links::{LinkEvent, Links, LinksConfig, LinksHandle, Peer};
+pub use serve::{Handler, ServeLimits, serve};
 pub use tls::{Credentials, CredentialsError, Reloadable};

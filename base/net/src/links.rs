@@ -17,7 +17,7 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::{FrameError, Limits, tls::Reloadable};
+use crate::{FrameError, Limits, ServeLimits, serve, tls::Reloadable};
 use outbox::Outbox;
 
 mod accept;
@@ -247,17 +247,20 @@ impl Links {
             } else {
                 let (sender, incoming) = mpsc::channel(1);
                 newcomers.insert(peer.id, sender);
-                tasks.spawn(accept::serve(link, incoming));
+                tasks.spawn(accept::take_turns(link, incoming));
             }
         }
         if let Some(listener) = listen {
-            let acceptor = accept::Acceptor {
-                credentials,
+            let limits = ServeLimits {
+                handshake_within: timing.handshake_within,
+                ..ServeLimits::default()
+            };
+            let door = Arc::new(accept::Door {
                 timing,
                 newcomers,
                 counters: counters.clone(),
-            };
-            tasks.spawn(acceptor.run(listener));
+            });
+            tasks.spawn(async move { serve(listener, credentials, &[ALPN], limits, door).await });
         }
         let inner = Inner {
             outboxes,

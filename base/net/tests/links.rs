@@ -1,4 +1,5 @@
 //! Links between real processes' worth of nodes, over TLS on loopback.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

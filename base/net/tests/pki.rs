@@ -1,4 +1,5 @@
 //! What the development authority leaves in its directory.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Handshakes over loopback: who gets in, and with which key exchange.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
 

@@ -16,7 +16,10 @@ use super::{
     ALPN, LinkTiming, Peer,
     connection::{Link, Stream, greet},
 };
-use crate::tls::{self, HandshakeError, Reloadable};
+use crate::{
+    Backoff,
+    tls::{self, HandshakeError, Reloadable},
+};
 
 /// A connection that stood this long was a good one: the next dial does not wait longer for it.
 const GOOD_AFTER: Duration = Duration::from_secs(1);
@@ -48,7 +51,7 @@ impl Dialer {
     ) -> Self {
         let mut hasher = DefaultHasher::new();
         (seed, &peer.id).hash(&mut hasher);
-        let backoff = Backoff::new(timing, hasher.finish());
+        let backoff = Backoff::new(timing.retry_after, timing.retry_at_most, hasher.finish());
         Self {
             peer,
             credentials,
@@ -82,7 +85,7 @@ impl Dialer {
                     }
                 }
             }
-            sleep(self.backoff.next()).await;
+            sleep(self.backoff.wait()).await;
         }
     }
 
@@ -101,71 +104,5 @@ impl Dialer {
             .await
             .map_err(DialError::Greeting)?;
         Ok(stream)
-    }
-}
-
-/// Waits that double, each shortened at random by up to half, so that nodes that lost the same peer
-/// do not return to it all at once.
-struct Backoff {
-    first: Duration,
-    longest: Duration,
-    next: Duration,
-    random: u64,
-}
-
-impl Backoff {
-    fn new(timing: LinkTiming, seed: u64) -> Self {
-        Self {
-            first: timing.retry_after,
-            longest: timing.retry_at_most,
-            next: timing.retry_after,
-            random: seed,
-        }
-    }
-
-    fn reset(&mut self) {
-        self.next = self.first;
-    }
-
-    fn next(&mut self) -> Duration {
-        let wait = self.next;
-        self.next = (wait * 2).min(self.longest);
-        // Knuth's linear congruential generator; its high bits are good enough to spread dials.
-        self.random = self
-            .random
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        let shortened_per_mille = u32::try_from((self.random >> 32) % 501).unwrap_or(0);
-        wait - wait / 1000 * shortened_per_mille
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_double_up_to_the_longest_and_start_over() {
-        let timing = LinkTiming::default();
-        let mut backoff = Backoff::new(timing, 7);
-        for expected_ms in [100, 200, 400, 800, 1600, 3200, 5000, 5000] {
-            let wait = backoff.next();
-            let longest = Duration::from_millis(expected_ms);
-            assert!(
-                wait >= longest / 2 && wait <= longest,
-                "{wait:?} of {longest:?}"
-            );
-        }
-        backoff.reset();
-        assert!(backoff.next() <= timing.retry_after);
-    }
-
-    #[test]
-    fn two_seeds_wait_differently() {
-        let waits = |seed| {
-            let mut backoff = Backoff::new(LinkTiming::default(), seed);
-            [backoff.next(), backoff.next(), backoff.next()]
-        };
-        assert_ne!(waits(1), waits(2));
     }
 }

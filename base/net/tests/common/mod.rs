@@ -17,19 +17,19 @@ use tempfile::TempDir;
 use tokio::{net::TcpListener, sync::mpsc::Receiver, time::timeout};
 
 /// No step of any test takes this long on a healthy machine, however busy.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub fn now() -> UnixTime {
+pub(crate) fn now() -> UnixTime {
     let since = SystemTime::UNIX_EPOCH.elapsed().unwrap();
     UnixTime(i64::try_from(since.as_nanos()).unwrap())
 }
 
-pub fn node(id: &str) -> NodeId {
+pub(crate) fn node(id: &str) -> NodeId {
     id.parse().unwrap()
 }
 
 /// Nodes "a", "b" and "c" and the application "app".
-pub fn authority() -> TempDir {
+pub(crate) fn authority() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let request = Request {
         nodes: &["a", "b", "c"].map(node),
@@ -43,7 +43,7 @@ pub fn authority() -> TempDir {
 }
 
 /// Credentials of `who` ("node-a") under the authority of another directory.
-pub fn mixed(authority: &Path, own: &Path, who: &str) -> Credentials {
+pub(crate) fn mixed(authority: &Path, own: &Path, who: &str) -> Credentials {
     Credentials::load(
         &authority.join("ca.pem"),
         &own.join(format!("{who}.pem")),
@@ -52,11 +52,11 @@ pub fn mixed(authority: &Path, own: &Path, who: &str) -> Credentials {
     .unwrap()
 }
 
-pub fn credentials(dir: &Path, who: &str) -> Credentials {
+pub(crate) fn credentials(dir: &Path, who: &str) -> Credentials {
     mixed(dir, dir, who)
 }
 
-pub fn reloadable(dir: &Path, who: &str) -> Arc<Reloadable> {
+pub(crate) fn reloadable(dir: &Path, who: &str) -> Arc<Reloadable> {
     let loaded = Reloadable::load(
         &dir.join("ca.pem"),
         &dir.join(format!("{who}.pem")),
@@ -65,13 +65,13 @@ pub fn reloadable(dir: &Path, who: &str) -> Arc<Reloadable> {
     Arc::new(loaded.unwrap())
 }
 
-pub async fn listener() -> (TcpListener, String) {
+pub(crate) async fn listener() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     (listener, address)
 }
 
-pub fn timing() -> LinkTiming {
+pub(crate) fn timing() -> LinkTiming {
     LinkTiming {
         retry_at_most: Duration::from_millis(200),
         ..LinkTiming::default()
@@ -79,13 +79,13 @@ pub fn timing() -> LinkTiming {
 }
 
 /// One running end.
-pub struct End {
-    pub handle: LinksHandle,
-    pub events: Receiver<LinkEvent>,
+pub(crate) struct End {
+    pub(crate) handle: LinksHandle,
+    pub(crate) events: Receiver<LinkEvent>,
 }
 
 impl End {
-    pub fn start(
+    pub(crate) fn start(
         dir: &Path,
         me: &str,
         listen: Option<TcpListener>,
@@ -108,13 +108,13 @@ impl End {
         Self { handle, events }
     }
 
-    pub async fn next(&mut self) -> LinkEvent {
+    pub(crate) async fn next(&mut self) -> LinkEvent {
         let event = timeout(PATIENCE, self.events.recv()).await;
         event.expect("no event in time").expect("links have ended")
     }
 
     /// The next event, which must be an `Up` of `peer`; its connection.
-    pub async fn up(&mut self, peer: &str) -> u64 {
+    pub(crate) async fn up(&mut self, peer: &str) -> u64 {
         match self.next().await {
             LinkEvent::Up {
                 peer: who,
@@ -125,7 +125,7 @@ impl End {
     }
 
     /// Waits for `peer` to come up, whatever happens before.
-    pub async fn up_at_last(&mut self, peer: &str) -> u64 {
+    pub(crate) async fn up_at_last(&mut self, peer: &str) -> u64 {
         loop {
             if let LinkEvent::Up {
                 peer: who,
@@ -139,7 +139,7 @@ impl End {
     }
 
     /// The reason of the next `Down` of `peer`, whatever happens before.
-    pub async fn down(&mut self, peer: &str) -> qkd_net::links::DownReason {
+    pub(crate) async fn down(&mut self, peer: &str) -> qkd_net::links::DownReason {
         loop {
             if let LinkEvent::Down {
                 peer: who, reason, ..
@@ -152,7 +152,7 @@ impl End {
     }
 
     /// The next message of anyone, whatever happens before.
-    pub async fn message(&mut self) -> (NodeId, Vec<u8>) {
+    pub(crate) async fn message(&mut self) -> (NodeId, Vec<u8>) {
         loop {
             if let LinkEvent::Message { peer, bytes, .. } = self.next().await {
                 return (peer, bytes);
