@@ -95,10 +95,14 @@ fn dot(a: __m128i, b: __m128i) -> __m128i {
 }
 
 /// A 256-bit sum of carry-less products, not reduced yet.
+///
+/// Karatsuba's way, for the multiplier is what limits the speed: three products of halves instead
+/// of four.
 #[derive(Clone, Copy)]
 pub(crate) struct Product {
     pub(crate) low: __m128i,
-    pub(crate) middle: __m128i,
+    /// The products of the sums of the halves; with the other two, the middle part.
+    pub(crate) both: __m128i,
     pub(crate) high: __m128i,
 }
 
@@ -109,7 +113,7 @@ impl Product {
         let zero = _mm_setzero_si128();
         Self {
             low: zero,
-            middle: zero,
+            both: zero,
             high: zero,
         }
     }
@@ -118,8 +122,9 @@ impl Product {
     #[target_feature(enable = "avx2,pclmulqdq")]
     fn add(&mut self, a: __m128i, b: __m128i) {
         self.low = _mm_xor_si128(self.low, _mm_clmulepi64_si128::<0x00>(a, b));
-        self.middle = _mm_xor_si128(self.middle, _mm_clmulepi64_si128::<0x01>(a, b));
-        self.middle = _mm_xor_si128(self.middle, _mm_clmulepi64_si128::<0x10>(a, b));
+        let (a_both, b_both) = (add_halves(a), add_halves(b));
+        let both = _mm_clmulepi64_si128::<0x00>(a_both, b_both);
+        self.both = _mm_xor_si128(self.both, both);
         self.high = _mm_xor_si128(self.high, _mm_clmulepi64_si128::<0x11>(a, b));
     }
 
@@ -129,8 +134,9 @@ impl Product {
     pub(crate) fn reduce(self) -> __m128i {
         // x^127 + x^126 + x^121, as the high half sees it.
         let polynomial = _mm_set_epi64x(0xC200_0000_0000_0000_u64.cast_signed(), 1);
-        let low = _mm_xor_si128(self.low, _mm_slli_si128::<8>(self.middle));
-        let high = _mm_xor_si128(self.high, _mm_srli_si128::<8>(self.middle));
+        let middle = _mm_xor_si128(self.both, _mm_xor_si128(self.low, self.high));
+        let low = _mm_xor_si128(self.low, _mm_slli_si128::<8>(middle));
+        let high = _mm_xor_si128(self.high, _mm_srli_si128::<8>(middle));
         let mut rest = low;
         for _ in 0..2 {
             let swapped = _mm_shuffle_epi32::<0x4E>(rest);
@@ -138,6 +144,13 @@ impl Product {
         }
         _mm_xor_si128(high, rest)
     }
+}
+
+/// Both halves hold the sum of the two.
+#[inline]
+#[target_feature(enable = "avx2,pclmulqdq")]
+fn add_halves(value: __m128i) -> __m128i {
+    _mm_xor_si128(value, _mm_shuffle_epi32::<0x4E>(value))
 }
 
 #[inline]

@@ -19,13 +19,22 @@ const FEWEST_LANES: usize = 10;
 
 #[target_feature(enable = "avx2,sha,avx512f,avx512bw,avx512vl")]
 pub(crate) fn sha256_units(data: &[u8], unit_bytes: usize, out: &mut [[u8; 32]]) {
-    let end = End::new(unit_bytes);
-    for (units, digests) in data.chunks(LANES * unit_bytes).zip(out.chunks_mut(LANES)) {
-        if digests.len() < FEWEST_LANES {
-            sha_ni::sha256_units(units, unit_bytes, digests);
-        } else {
+    let whole = out.len() - out.len() % LANES;
+    let in_lanes = if out.len() - whole < FEWEST_LANES {
+        whole
+    } else {
+        out.len()
+    };
+    let (data, rest) = data.split_at(in_lanes * unit_bytes);
+    let (out, rest_out) = out.split_at_mut(in_lanes);
+    if !out.is_empty() {
+        let end = End::new(unit_bytes);
+        for (units, digests) in data.chunks(LANES * unit_bytes).zip(out.chunks_mut(LANES)) {
             digest(units, unit_bytes, &end, digests);
         }
+    }
+    if !rest_out.is_empty() {
+        sha_ni::sha256_units(rest, unit_bytes, rest_out);
     }
 }
 

@@ -7,49 +7,43 @@ use core::arch::x86_64::{
     _mm_setzero_si128, _mm_sha256msg1_epu32, _mm_sha256msg2_epu32, _mm_sha256rnds2_epu32,
     _mm_shuffle_epi8, _mm_shuffle_epi32, _mm_storeu_si128,
 };
-use core::array;
 
 use super::K;
-use crate::portable::{INITIAL_STATE, LastBlocks};
+use crate::portable::{self, INITIAL_STATE, LastBlocks};
 
 #[target_feature(enable = "avx2,sha")]
 pub(crate) fn sha256_units(data: &[u8], unit_bytes: usize, out: &mut [[u8; 32]]) {
-    let mut last = [LastBlocks::new(unit_bytes), LastBlocks::new(unit_bytes)];
-    for (units, digests) in data.chunks(2 * unit_bytes).zip(out.chunks_mut(2)) {
-        let (first, second) = units.split_at(unit_bytes);
-        match digests {
-            [a, b] => [*a, *b] = digest([first, second], &mut last),
-            [a] => [*a] = digest([first], array::from_mut(&mut last[0])),
-            _ => unreachable!("chunks of two"),
+    let (pairs, single) = out.as_chunks_mut::<2>();
+    let (paired, rest) = data.split_at(2 * pairs.len() * unit_bytes);
+    if !pairs.is_empty() {
+        let mut last = [LastBlocks::new(unit_bytes), LastBlocks::new(unit_bytes)];
+        for (units, digests) in paired.chunks(2 * unit_bytes).zip(pairs) {
+            *digests = digest(units.split_at(unit_bytes).into(), &mut last);
         }
     }
+    // With nothing to run in its shadow, one message is as fast in `sha2`.
+    portable::sha256_units(rest, unit_bytes, single);
 }
 
-/// The digests of `N` messages of one length.
+/// The digests of two messages of one length.
 #[inline]
 #[target_feature(enable = "avx2,sha")]
-fn digest<const N: usize>(units: [&[u8]; N], last: &mut [LastBlocks; N]) -> [[u8; 32]; N] {
-    let mut state = [State::initial(); N];
-    let split = units.map(<[u8]>::as_chunks::<64>);
-    for index in 0..split[0].0.len() {
-        let mut blocks = [&[0; 64]; N];
-        for (block, unit) in blocks.iter_mut().zip(&split) {
-            *block = &unit.0[index];
-        }
-        compress(&mut state, blocks);
+fn digest(units: [&[u8]; 2], last: &mut [LastBlocks; 2]) -> [[u8; 32]; 2] {
+    let mut state = [State::initial(); 2];
+    let [(blocks_a, tail_a), (blocks_b, tail_b)] = units.map(<[u8]>::as_chunks);
+    for (a, b) in blocks_a.iter().zip(blocks_b) {
+        compress(&mut state, [a, b]);
     }
-    let mut ends = [&[[0; 64]; 0][..]; N];
-    for ((end, unit), last) in ends.iter_mut().zip(&split).zip(last) {
-        *end = last.with_tail(unit.1);
+    let [last_a, last_b] = last;
+    for (a, b) in last_a
+        .with_tail(tail_a)
+        .iter()
+        .zip(last_b.with_tail(tail_b))
+    {
+        compress(&mut state, [a, b]);
     }
-    for index in 0..ends[0].len() {
-        compress(&mut state, ends.map(|end| &end[index]));
-    }
-    let mut digests = [[0; 32]; N];
-    for (digest, state) in digests.iter_mut().zip(state) {
-        *digest = state.to_digest();
-    }
-    digests
+    let [a, b] = state;
+    [a.to_digest(), b.to_digest()]
 }
 
 /// The working variables in the order that the instructions want.
@@ -98,9 +92,9 @@ impl State {
 
 #[inline]
 #[target_feature(enable = "avx2,sha")]
-fn compress<const N: usize>(state: &mut [State; N], blocks: [&[u8; 64]; N]) {
+fn compress(state: &mut [State; 2], blocks: [&[u8; 64]; 2]) {
     let before = *state;
-    let mut w = [[_mm_setzero_si128(); 4]; N];
+    let mut w = [[_mm_setzero_si128(); 4]; 2];
     for (w, block) in w.iter_mut().zip(blocks) {
         for (w, bytes) in w.iter_mut().zip(block.as_chunks().0) {
             *w = swap_bytes(load(bytes));

@@ -4,7 +4,7 @@ use core::arch::x86_64::{
     __m128i, __m512i, __mmask64, _mm_xor_si128, _mm256_castsi256_si128, _mm256_extracti128_si256,
     _mm256_xor_si256, _mm512_castsi512_si256, _mm512_clmulepi64_epi128, _mm512_extracti64x4_epi64,
     _mm512_loadu_si512, _mm512_mask_storeu_epi8, _mm512_maskz_loadu_epi8, _mm512_setzero_si512,
-    _mm512_storeu_si512, _mm512_xor_si512, _mm512_zextsi128_si512,
+    _mm512_shuffle_epi32, _mm512_storeu_si512, _mm512_xor_si512, _mm512_zextsi128_si512,
 };
 
 use super::clmul::{self, from_u128, to_u128};
@@ -102,12 +102,12 @@ pub(crate) fn encrypt_and_wipe(
     to_u128(sum)
 }
 
-/// A sum of carry-less products in four lanes, not reduced yet.
+/// [`clmul::Product`] in four lanes.
 struct Product {
     /// What the first vector takes in before it is multiplied: the sum so far.
     carry: __m512i,
     low: __m512i,
-    middle: __m512i,
+    both: __m512i,
     high: __m512i,
 }
 
@@ -119,7 +119,7 @@ impl Product {
         Self {
             carry: _mm512_zextsi128_si512(sum),
             low: zero,
-            middle: zero,
+            both: zero,
             high: zero,
         }
     }
@@ -131,8 +131,9 @@ impl Product {
         self.carry = _mm512_setzero_si512();
         let b = load_powers(powers);
         self.low = _mm512_xor_si512(self.low, _mm512_clmulepi64_epi128::<0x00>(a, b));
-        self.middle = _mm512_xor_si512(self.middle, _mm512_clmulepi64_epi128::<0x01>(a, b));
-        self.middle = _mm512_xor_si512(self.middle, _mm512_clmulepi64_epi128::<0x10>(a, b));
+        let (a_both, b_both) = (add_halves(a), add_halves(b));
+        let both = _mm512_clmulepi64_epi128::<0x00>(a_both, b_both);
+        self.both = _mm512_xor_si512(self.both, both);
         self.high = _mm512_xor_si512(self.high, _mm512_clmulepi64_epi128::<0x11>(a, b));
     }
 
@@ -140,9 +141,9 @@ impl Product {
     #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
     fn reduce(self) -> __m128i {
         let low = add_lanes(self.low);
-        let middle = add_lanes(self.middle);
+        let both = add_lanes(self.both);
         let high = add_lanes(self.high);
-        clmul::Product { low, middle, high }.reduce()
+        clmul::Product { low, both, high }.reduce()
     }
 }
 
@@ -155,6 +156,12 @@ fn add_lanes(value: __m512i) -> __m128i {
         _mm256_castsi256_si128(half),
         _mm256_extracti128_si256::<1>(half),
     )
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_halves(value: __m512i) -> __m512i {
+    _mm512_xor_si512(value, _mm512_shuffle_epi32::<0x4E>(value))
 }
 
 #[inline]
