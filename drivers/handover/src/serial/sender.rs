@@ -257,14 +257,13 @@ impl Sender {
 
     fn take(&mut self, credit: &Credit) {
         self.greeted = true;
+        // Also backwards: a host that was restarted has lost what it had received. What it lacks
+        // and is gone here the hello tells it.
+        self.received = credit.received;
+        self.hello_due |= credit.received + 1 < self.first_seq;
         if credit.resend {
-            // Also backwards: a host that was restored asks for what it lost. What is gone here
-            // the hello tells it.
-            self.received = credit.received;
-            self.hello_due |= credit.received + 1 < self.first_seq;
             self.rewind();
         }
-        self.received = self.received.max(credit.received);
         while self.first_seq <= credit.durable {
             self.kept.pop_front();
             self.first_seq += 1;

@@ -369,6 +369,28 @@ fn a_host_that_went_back_in_time_is_told_what_is_gone() {
 }
 
 #[test]
+fn blocks_received_by_a_host_that_died_come_again_though_its_first_credit_is_lost() {
+    let mut link = Link::new(1);
+    while link.sender.counters().sent == 0 || link.volatile.is_empty() {
+        link.step();
+    }
+    // The device knows that its blocks were received.
+    link.step();
+    link.restart_host();
+    let mut lost = Vec::new();
+    assert!(link.receiver.poll_transmit(link.now, &mut lost));
+    link.receiver.receive(&Frame {
+        session: SESSION.get(),
+        seq: link.sender.durable_seq() + 1,
+        body: Body::Hello { device: "sim" },
+    });
+    assert!(link.receiver.poll_transmit(link.now, &mut lost));
+    link.run(400);
+    assert!(link.sender.is_done(), "{:?}", link.sender);
+    assert_eq!(link.durable.len() as u64, BLOCKS);
+}
+
+#[test]
 fn a_host_that_forgot_everything_is_not_given_settled_blocks_again() {
     let mut link = Link::new(1);
     link.run(400);
