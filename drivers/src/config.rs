@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::{
     directory::{DirectoryConfig, DirectorySource},
+    serial::{SerialConfig, SerialSource},
     source::KeySource,
 };
 
@@ -21,6 +22,8 @@ use crate::{
 pub enum DriverConfig {
     /// Hand-over files in a directory.
     Directory(DirectoryConfig),
+    /// A device on a serial line.
+    Serial(SerialConfig),
 }
 
 impl DriverConfig {
@@ -36,6 +39,7 @@ impl DriverConfig {
     pub fn open(&self) -> Result<Box<dyn KeySource>, OpenError> {
         Ok(match self {
             Self::Directory(config) => Box::new(DirectorySource::open(config)?),
+            Self::Serial(config) => Box::new(SerialSource::open(config)?),
         })
     }
 }
@@ -72,6 +76,16 @@ pub enum OpenError {
     #[error("cannot watch {path}: raise fs.inotify.max_user_instances and max_user_watches")]
     Watch {
         /// The folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// The serial port is there and cannot be used.
+    #[error(
+        "cannot use {path} as a serial port: give the path of one that no other program uses, and let this user read and write it"
+    )]
+    Port {
+        /// The port.
         path: PathBuf,
         /// The operating system's reason.
         source: io::Error,

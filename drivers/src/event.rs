@@ -1,10 +1,10 @@
 //! What a module can tell. No event holds a key byte.
 
-use qkd_handover::type7::Type7Error;
+use qkd_handover::{serial::FrameError, status::ModuleState, type7::Type7Error};
 use qkd_keyfile::{QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
 
 /// Something that happened at a module.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
     /// A key block is at the start of the caller's buffer. It stays outstanding until it is settled.
@@ -58,6 +58,9 @@ pub struct KeyBlock {
     /// Length of the key, in bits. The first bit is the top bit of the buffer's first byte; unused
     /// bits of the last byte are zero.
     pub key_bits: u32,
+    /// Quantum bit error rate of the block, in parts per million, where the module tells it. A
+    /// [`Event::Metric`] with its band follows.
+    pub qber_ppm: Option<u32>,
 }
 
 impl KeyBlock {
@@ -69,29 +72,27 @@ impl KeyBlock {
 }
 
 /// A measured value.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Metric {
     /// What was measured.
-    pub kind: MetricKind,
-    /// The value, in the unit that [`MetricKind`] names.
-    pub value: f64,
+    pub value: Value,
     /// Where it lies.
     pub band: Band,
 }
 
 /// What a module measures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum MetricKind {
-    /// Quantum bit error rate, as a fraction of 1.
-    Qber,
+pub enum Value {
+    /// Quantum bit error rate, in parts per million.
+    QberPpm(u32),
     /// Secret key rate, in bits per second.
-    KeyRate,
-    /// Interference visibility, as a fraction of 1.
-    Visibility,
+    KeyRateBitsPerS(u64),
+    /// Temperature, in thousandths of a degree Celsius.
+    TemperatureMilliCelsius(i32),
 }
 
-/// Where a value lies, as the module judges it.
+/// Where a value lies, by the module's own word or by configured [`Limits`](crate::Limits).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Band {
     /// As it should be.
@@ -100,22 +101,6 @@ pub enum Band {
     OperationOutOfRange,
     /// Outside the range in which the module's keys can be trusted.
     AbsoluteOutOfRange,
-}
-
-/// What a module is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ModuleState {
-    /// Starting, self-test, alignment.
-    Initializing,
-    /// Making keys.
-    Running,
-    /// Not making keys, and able to.
-    Paused,
-    /// Recovering from an error.
-    HandlingError,
-    /// Shutting down.
-    PoweringOff,
 }
 
 /// Something that an operator should know.
@@ -228,6 +213,9 @@ pub enum CorruptReason {
     /// Not a final-key file.
     #[error(transparent)]
     Type7(#[from] Type7Error),
+    /// Damage on a serial line. A damaged key frame comes again.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
 }
 
 /// Why a module is out of reach.
@@ -237,4 +225,27 @@ pub enum DetachReason {
     /// The hand-over folder was removed, replaced or can no longer be read.
     #[error("hand-over folder is gone")]
     FolderGone,
+    /// The device's file is not there or does not answer, as after unplugging.
+    #[error("cannot open the port: {error}")]
+    CannotOpen {
+        /// The operating system's reason.
+        error: std::io::ErrorKind,
+    },
+    /// The line was hung up.
+    #[error("the line was hung up")]
+    HungUp,
+    /// Reading or writing failed.
+    #[error("reading or writing failed: {error}")]
+    Io {
+        /// The operating system's reason.
+        error: std::io::ErrorKind,
+    },
+    /// Another device than the configured one answered.
+    #[error("device {found:?} answered, {expected:?} is configured")]
+    OtherDevice {
+        /// The configured name.
+        expected: String,
+        /// The name in its hello.
+        found: String,
+    },
 }

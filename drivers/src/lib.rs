@@ -10,8 +10,8 @@
 //!
 //! # Invariants
 //!
-//! - Key bytes go from the hand-over straight into the caller's buffer. Scratch that held some is
-//!   wiped before the call returns; no event, error or name holds any.
+//! - Key bytes go from the hand-over straight into the caller's buffer. Scratch on the way is bounded
+//!   and wiped as soon as it is used up; no event, error or name holds any.
 //! - A driver never repairs key. A block passes all its checks or is set aside, with the reason.
 //! - No key block is delivered without credit, and none is destroyed at its origin before
 //!   [`KeySource::settle`].
@@ -34,16 +34,21 @@
 #![forbid(unsafe_code)]
 
 mod config;
-mod credit;
 pub mod directory;
 mod event;
+mod outstanding;
 mod readiness;
+mod records;
+pub mod serial;
 mod source;
+mod waiting;
 
 pub use config::{DriverConfig, OpenError};
 pub use directory::DirectoryConfig;
 pub use event::{
-    Alarm, AlarmCode, Band, CorruptReason, DetachReason, Event, KeyBlock, Metric, MetricKind,
-    ModuleState, Severity,
+    Alarm, AlarmCode, Band, CorruptReason, DetachReason, Event, KeyBlock, Metric, Severity, Value,
 };
+pub use qkd_handover::status::ModuleState;
+pub use records::Limits;
+pub use serial::SerialConfig;
 pub use source::{KeySource, ReadError, Settlement, next_event};

@@ -1,4 +1,5 @@
 //! The directory driver over real folders.
+#![allow(clippy::unwrap_used)]
 
 use std::{
     fs,

@@ -288,6 +288,7 @@ impl Intake {
                 ..QkdKeyMetadata::new(id)
             },
             key_bits: header.key_bits,
+            qber_ppm: None,
         }))
     }
 

@@ -37,9 +37,9 @@ use self::{
 };
 use crate::{
     config::OpenError,
-    credit::Credit,
     event::{DetachReason, Event},
     source::{KeySource, ReadError, Settlement},
+    waiting::Waiting,
 };
 
 /// Where hand-over files lie, and how they are read.
@@ -150,7 +150,8 @@ pub struct DirectorySource {
     /// Key words on their way; wiped after every block.
     scratch: Zeroizing<Vec<u8>>,
     events: VecDeque<Event>,
-    credit: Credit,
+    credit_blocks: u32,
+    waiting: Waiting,
 }
 
 impl DirectorySource {
@@ -174,7 +175,8 @@ impl DirectorySource {
             open: Some(open),
             tick,
             scratch: Zeroizing::new(vec![0; words_bytes(config.max_block_bits)]),
-            credit: Credit::default(),
+            credit_blocks: 0,
+            waiting: Waiting::default(),
             config: config.clone(),
         })
     }
@@ -237,16 +239,16 @@ impl KeySource for DirectorySource {
             if !self.events.is_empty() {
                 continue;
             }
-            self.credit.wait(cx);
+            self.waiting.register(cx);
             let Some((intake, _)) = &mut self.open else {
                 return Poll::Pending;
             };
-            if !self.credit.is_there() {
+            if self.credit_blocks == 0 {
                 return Poll::Pending;
             }
             match intake.next(&self.config, &mut self.scratch, out, &mut self.events) {
                 Ok(Some(block)) => {
-                    self.credit.spend();
+                    self.credit_blocks -= 1;
                     return Poll::Ready(Ok(Event::Key(block)));
                 }
                 Ok(None) if self.events.is_empty() => return Poll::Pending,
@@ -257,13 +259,14 @@ impl KeySource for DirectorySource {
     }
 
     fn grant(&mut self, blocks: u32) {
-        self.credit.grant(blocks);
+        self.credit_blocks = self.credit_blocks.saturating_add(blocks);
+        self.waiting.wake();
     }
 
     fn settle(&mut self, id: &QkdKeyId, outcome: Settlement) {
         if let Some((intake, _)) = &mut self.open {
             intake.settle(id, outcome, &self.config, &mut self.events);
-            self.credit.wake();
+            self.waiting.wake();
         }
     }
 }

@@ -1,4 +1,5 @@
 //! What the tests of all drivers share.
+#![allow(dead_code)] // each of them uses a part
 
 use std::{
     future::Future,
@@ -12,6 +13,8 @@ use std::{
 };
 
 use qkd_drivers::{Event, KeyBlock, KeySource, next_event};
+
+pub(crate) mod device;
 
 /// Longer than any event of a test takes, on a slow machine too.
 const PATIENCE: Duration = Duration::from_secs(20);
