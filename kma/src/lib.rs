@@ -1,1 +1,49 @@
-//! Key management agent: agree with the matching node, store, account for every bit, relay.
+//! Key management agent (KMA): agree with the matching node, store, account for every bit, relay.
+//!
+//! [`Kma`] is one state machine per node: QKD-keys that wait in the pipeline, messages of other
+//! nodes, requests of applications and the passing of time go in; messages, orders and answers come
+//! out. It has no socket, no clock and no thread, and knows nothing about hardware, TLS or HTTP.
+//! What survives a restart lives in a [`store::Store`], over one of the [`vault`]s.
+//!
+//! # Invariants
+//!
+//! - No bit is used twice: only the owner of a segment takes its bits, below a mark that is durable
+//!   before the bits are used; the other end follows, each bit once.
+//! - Both ends hold the same bytes for a key ID, or nothing is given out: segments of a link are
+//!   compared under one-time masks, relayed units checked end to end, before anything uses them.
+//! - Nothing leaves before the state that justifies it is durable ([`Kma::commit`]).
+//! - Bits in equal bits in stock, supplied, used as pad, burned and spent on checks, per stream.
+//! - No decision rests on the wall clock.
+#![deny(unsafe_code)]
+
+mod agent;
+mod digest;
+mod hop;
+mod io;
+mod ranges;
+mod record;
+mod relay;
+mod session;
+mod state;
+pub mod store;
+mod supply;
+mod sync;
+pub mod vault;
+mod wire;
+
+use std::time::Duration;
+
+pub use agent::{Kma, Status};
+pub use digest::MASK_BITS;
+pub use io::{
+    Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, RemoteConfig,
+    Settlement, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
+};
+pub use record::{Binding, BurnReason, DiscardReason, Purpose, Record, Stage, StoredSegment};
+pub use state::Accounts;
+
+/// What was not answered is said again after this time.
+pub(crate) const RESEND_AFTER: Duration = Duration::from_millis(500);
+
+/// How often time is looked at.
+pub(crate) const TICK: Duration = Duration::from_millis(50);

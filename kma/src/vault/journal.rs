@@ -129,15 +129,18 @@ impl Journal {
 
     pub(super) fn replay(&mut self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
         let image = self.image.take().ok_or(VaultError::AlreadyReplayed)?;
-        let mut at = HEADER_BYTES;
-        while let Some(head) = FrameHead::decode(&image[at..], self.incarnation) {
-            let mut payload = &image[at + HEAD_BYTES..][..head.len_bytes];
-            while let Some((record, rest)) = split_record(payload) {
-                each(record);
-                payload = rest;
-            }
-            at += head.frame_bytes();
-        }
+        replay(&image, self.incarnation, each);
+        Ok(())
+    }
+
+    /// The records of a journal file that nobody opens: a copy, or one of a running process.
+    pub(super) fn read(image: &[u8], each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        let header = Header::decode(image, Kind::Sealed).or_else(|error| match error {
+            VaultError::OtherKind { .. } => Header::decode(image, Kind::Memory),
+            error => Err(error),
+        })?;
+        let scan = Scan::run(image, &header)?;
+        replay(&image[..scan.end], header.incarnation, each);
         Ok(())
     }
 
@@ -270,6 +273,19 @@ impl Journal {
         }
         file.sync().map_err(io)?;
         Ok((file, end, number, chain))
+    }
+}
+
+/// Every record of a journal that was scanned, in order.
+fn replay(image: &[u8], incarnation: Incarnation, each: &mut dyn FnMut(&[u8])) {
+    let mut at = HEADER_BYTES;
+    while let Some(head) = FrameHead::decode(&image[at..], incarnation) {
+        let mut payload = &image[at + HEAD_BYTES..][..head.len_bytes];
+        while let Some((record, rest)) = split_record(payload) {
+            each(record);
+            payload = rest;
+        }
+        at += head.frame_bytes();
     }
 }
 
@@ -530,5 +546,7 @@ fn has_lost_sector(image: &[u8], start: usize, len: usize) -> bool {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == 0)
+    const ZEROS: [u8; SECTOR_BYTES] = [0; SECTOR_BYTES];
+    let mut chunks = bytes.chunks(SECTOR_BYTES);
+    chunks.all(|chunk| *chunk == ZEROS[..chunk.len()])
 }

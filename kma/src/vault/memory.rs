@@ -64,6 +64,10 @@ impl MemoryVault {
 }
 
 impl Vault for MemoryVault {
+    fn is_volatile(&self) -> bool {
+        true
+    }
+
     fn incarnation(&self) -> Incarnation {
         self.journal.incarnation()
     }

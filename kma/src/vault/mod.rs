@@ -45,6 +45,16 @@ pub use lmdb::{LmdbOptions, open_lmdb};
 pub use memory::{MemoryVault, open_memory};
 pub use sealed::SealedVault;
 
+/// Reads the records of a journal file, or of a copy of one, without opening the store: for
+/// checkers. A torn last commit is left out.
+///
+/// # Errors
+///
+/// [`VaultError::Header`], [`VaultError::NewerVersion`] or [`VaultError::JournalDamaged`].
+pub fn read_journal(image: &[u8], each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+    journal::Journal::read(image, each)
+}
+
 /// Number of a row. The caller counts them up and never uses one again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RowId(pub u64);
@@ -75,6 +85,11 @@ pub const MAX_COMMIT_BYTES: usize = 64 << 20;
 pub trait Vault: Send {
     /// Drawn at random when the store was made; kept over compaction.
     fn incarnation(&self) -> Incarnation;
+
+    /// Whether rows end with the process while the journal stays.
+    fn is_volatile(&self) -> bool {
+        false
+    }
 
     /// Every journal record since the last compaction, in order. Called once, first.
     ///

@@ -251,8 +251,10 @@ impl Inode {
     fn keep(&mut self, sector: usize) {
         let start = sector * SECTOR_BYTES;
         let end = (start + SECTOR_BYTES).min(self.kept.len());
-        for at in start..end {
-            self.kept[at] = self.seen.get(at).copied().unwrap_or(0);
+        let seen = end.min(self.seen.len()).max(start);
+        self.kept[start.min(end)..end].fill(0);
+        if seen > start {
+            self.kept[start..seen].copy_from_slice(&self.seen[start..seen]);
         }
     }
 }

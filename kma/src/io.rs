@@ -1,0 +1,317 @@
+//! What goes into the KMA and what comes out of it.
+
+use std::collections::BTreeMap;
+
+use qkd_kernels::Backend;
+use qkd_keyfile::{
+    AppId, Composition, KeyBits, KsaKeyId, ModulePairId, NodeId, Now, QkdKeyId, QkdKeyName,
+    SegmentNumber, StreamId, metadata::SecurityLevel,
+};
+use qkd_secmem::KeyBuf;
+
+use crate::{store::Store, vault::VaultError, wire::Message};
+
+/// How a KMA is set up; constant while it runs.
+#[derive(Debug, Clone)]
+pub struct KmaConfig {
+    /// This node.
+    pub node: NodeId,
+    /// KMAs that this node shares a link with.
+    pub neighbours: BTreeMap<NodeId, LinkConfig>,
+    /// KMAs for which end-to-end stock is kept.
+    pub remotes: BTreeMap<NodeId, RemoteConfig>,
+    /// Whether units of other KMAs are relayed here.
+    pub relay_for_others: bool,
+    /// Length over which unit digests are taken, in bytes; the proposer's value counts.
+    pub digest_unit_bytes: u32,
+}
+
+/// A link to a matching KMA.
+#[derive(Debug, Clone)]
+pub struct LinkConfig {
+    /// The module pairs that feed it.
+    pub module_pairs: Vec<ModulePairId>,
+    /// Pad per direction that serves only tags and hash keys, in bytes (64 Kibit by default).
+    pub floor_bytes: u64,
+    /// Most bytes in stock; a full store takes no new segment.
+    pub capacity_bytes: u64,
+}
+
+/// End-to-end stock with a KMA, for applications here that ask for keys shared with applications
+/// there.
+#[derive(Debug, Clone)]
+pub struct RemoteConfig {
+    /// Stock to keep, in bytes.
+    pub target_bytes: u64,
+    /// Key data of one relayed unit, in bytes.
+    pub unit_bytes: u32,
+    /// The route that was set by hand: all KMAs from here to there. Without it the controller is
+    /// asked ([`Output::WantRoute`]).
+    pub route: Option<Vec<NodeId>>,
+}
+
+/// Something that happened outside.
+#[derive(Debug)]
+pub enum Input {
+    /// The connection to another node is there, and fresh.
+    PeerUp(NodeId),
+    /// The connection to another node is gone.
+    PeerDown(NodeId),
+    /// A whole message from another node.
+    Message {
+        /// The node, as its certificate says.
+        peer: NodeId,
+        /// The message.
+        bytes: Vec<u8>,
+    },
+    /// A QKD-key waits in the pipeline.
+    Held {
+        /// Its name.
+        name: QkdKeyName,
+        /// Its length.
+        key_bits: u32,
+    },
+    /// The pipeline lost a QKD-key that it held.
+    Lost(QkdKeyName),
+    /// The pipeline has carried out [`Output::Format`].
+    Formatted {
+        /// The order's ticket.
+        ticket: FormatTicket,
+        /// The segment, unless it could not be made.
+        segment: Option<FormattedSegment>,
+    },
+    /// An application asks for keys.
+    Supply(SupplyOrder),
+    /// An application asks for keys by ID.
+    SupplyById(SupplyByIdOrder),
+    /// The controller has answered [`Output::WantRoute`].
+    Route {
+        /// The destination that was asked for.
+        destination: NodeId,
+        /// All KMAs from here to there; `None` if there is no way.
+        route: Option<Vec<NodeId>>,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+/// Something to do outside. All of it rests on durable state once [`Kma::commit`] has returned, and
+/// none of it may be done before.
+///
+/// [`Kma::commit`]: crate::Kma::commit
+#[derive(Debug)]
+pub enum Output {
+    /// Send a message to another node; it may get lost.
+    Send {
+        /// The node.
+        peer: NodeId,
+        /// The message.
+        bytes: Vec<u8>,
+    },
+    /// Make a segment of QKD-keys that wait in the pipeline: its bits, and SHA-256 of every
+    /// `unit_bytes` after the first 32 bytes.
+    Format {
+        /// Comes back with [`Input::Formatted`].
+        ticket: FormatTicket,
+        /// What to make it of.
+        composition: Composition,
+        /// Length of a unit.
+        unit_bytes: u32,
+    },
+    /// A QKD-key is settled: the pipeline forgets it, and its driver is told.
+    Settle {
+        /// The QKD-key.
+        name: QkdKeyName,
+        /// What became of it.
+        outcome: Settlement,
+    },
+    /// The answer to [`Input::Supply`] or [`Input::SupplyById`].
+    Supplied {
+        /// The order's number.
+        order: u64,
+        /// The keys, or why there are none.
+        result: Result<Vec<SuppliedKey>, SupplyError>,
+    },
+    /// A route is needed: ask the controller and answer with [`Input::Route`].
+    WantRoute {
+        /// From here to this KMA.
+        destination: NodeId,
+    },
+    /// Something that an operator should know.
+    Alarm(Alarm),
+}
+
+/// Names a format order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FormatTicket {
+    /// The matching KMA.
+    pub peer: NodeId,
+    /// The segment's number.
+    pub segment: SegmentNumber,
+}
+
+/// A segment that the pipeline made.
+#[derive(Debug)]
+pub struct FormattedSegment {
+    /// Its bits, in whole bytes; the first 32 are the masks of the comparison.
+    pub bits: KeyBuf,
+    /// SHA-256 of every unit after the masks; the last unit may be shorter.
+    pub digests: Vec<[u8; 32]>,
+}
+
+/// What became of a QKD-key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settlement {
+    /// Its bits are stored, agreed or to be agreed with the matching KMA.
+    Stored,
+    /// It is gone at both ends.
+    Dropped,
+}
+
+/// An application's request for keys.
+#[derive(Debug, Clone)]
+pub struct SupplyOrder {
+    /// Comes back with the answer.
+    pub order: u64,
+    /// The application that asks.
+    pub master: AppId,
+    /// The node of the applications that will fetch the keys by ID.
+    pub destination: NodeId,
+    /// Those applications.
+    pub applications: Vec<AppId>,
+    /// Keys asked for.
+    pub number: u32,
+    /// Length of each.
+    pub size: KeyBits,
+    /// The weakest level that will do.
+    pub level: SecurityLevel,
+}
+
+/// An application's request for keys by ID.
+#[derive(Debug, Clone)]
+pub struct SupplyByIdOrder {
+    /// Comes back with the answer.
+    pub order: u64,
+    /// The application that asks.
+    pub application: AppId,
+    /// The application that got the IDs.
+    pub master: AppId,
+    /// The node of that application.
+    pub source: NodeId,
+    /// The keys asked for: all or none.
+    pub key_ids: Vec<KsaKeyId>,
+}
+
+/// A key for an application.
+#[derive(Debug)]
+pub struct SuppliedKey {
+    /// Its ID.
+    pub key_id: KsaKeyId,
+    /// Its bytes.
+    pub key: KeyBuf,
+}
+
+/// Why an order for keys was refused. Nothing was consumed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SupplyError {
+    /// Not enough key with that node, at that level. Try again later.
+    #[error("not enough key in stock with {destination}")]
+    NotEnoughKey {
+        /// The node.
+        destination: NodeId,
+    },
+    /// No key is shared with that node, nor will be.
+    #[error("no key is shared with {destination}")]
+    UnknownDestination {
+        /// The node.
+        destination: NodeId,
+    },
+    /// A key ID is not known here, for this application.
+    #[error("a key ID is unknown")]
+    UnknownKeyId,
+    /// A key exists, but not for this application.
+    #[error("a key is not for this application")]
+    NotForYou,
+    /// The node that would know is out of reach. Try again later.
+    #[error("the node that gave the key ID is out of reach")]
+    Unreachable,
+    /// The key cannot be read now (key memory full, or the store failed).
+    #[error("the key cannot be read")]
+    Unreadable,
+}
+
+/// What an operator should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Alarm {
+    /// The two ends of a module pair hold different bits for one QKD-key.
+    Mismatch {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// The QKD-keys.
+        qkd_keys: Vec<QkdKeyId>,
+    },
+    /// A relayed unit was not the same at both ends.
+    UnitMismatch {
+        /// The stream.
+        stream: StreamId,
+        /// The unit.
+        segment: SegmentNumber,
+    },
+    /// A message's tag does not fit: it was altered, or its sender lies.
+    BadTag {
+        /// The sender.
+        peer: NodeId,
+    },
+    /// The peer named bits that it may not use.
+    PadMisuse {
+        /// The sender.
+        peer: NodeId,
+    },
+    /// The peer's store was replaced; everything shared with it is void.
+    PeerStoreReplaced {
+        /// The peer.
+        peer: NodeId,
+    },
+    /// The peer's mark is below what it used: its store was restored or cloned. Nothing is taken
+    /// from it or used towards it until an operator has voided the link.
+    PeerRolledBack {
+        /// The peer.
+        peer: NodeId,
+    },
+}
+
+/// What the parts of the KMA work with while they handle one input.
+pub(crate) struct Cx<'a> {
+    pub(crate) now: Now,
+    pub(crate) me: &'a NodeId,
+    pub(crate) store: &'a mut Store,
+    pub(crate) out: &'a mut Vec<Output>,
+    pub(crate) backend: Backend,
+    /// A store that failed; the next commit reports it.
+    pub(crate) failed: &'a mut Option<VaultError>,
+}
+
+impl Cx<'_> {
+    pub(crate) fn send(&mut self, peer: &NodeId, message: &Message) {
+        self.send_bytes(peer, message.encode());
+    }
+
+    pub(crate) fn send_bytes(&mut self, peer: &NodeId, bytes: Vec<u8>) {
+        self.out.push(Output::Send {
+            peer: peer.clone(),
+            bytes,
+        });
+    }
+
+    pub(crate) fn alarm(&mut self, alarm: Alarm) {
+        self.out.push(Output::Alarm(alarm));
+    }
+
+    pub(crate) fn settle(&mut self, name: QkdKeyName, outcome: Settlement) {
+        self.out.push(Output::Settle { name, outcome });
+    }
+}

@@ -1,0 +1,236 @@
+//! The ledger's records: every change to what this node knows about its key bits.
+//!
+//! The durable state of the KMA is the fold of these records ([`State::apply`](crate::state::State)),
+//! while it runs as after a restart: there is no second way to change it. No record holds a key bit
+//! or a hash of one; the ledgers of both ends of a stream, read together, prove that no range of it
+//! was used twice.
+
+use qkd_keyfile::{
+    AppId, Composition, KeySpan, KmaKeyId, KsaKeyId, ModulePairId, NodeId, QkdKeyId, SegmentNumber,
+    StreamId,
+    address::Generation,
+    metadata::{KeyType, SecurityLevel},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::vault::{RowId, SealTag};
+
+/// One change. Quantities in bytes count usable key of a segment unless the name says bits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Record {
+    /// A process took over the store.
+    Boot {
+        /// Drawn at random by the process.
+        boot: [u8; 16],
+    },
+    /// The rows ended with an earlier process, as those of a store in memory do: what was shared
+    /// with anyone is void, and the store counts as a new one.
+    Emptied,
+    /// The matching KMA's store has this incarnation from now on; what was shared with an earlier
+    /// one is void.
+    PeerStore {
+        /// The matching KMA.
+        peer: NodeId,
+        /// Its store's incarnation.
+        incarnation: u64,
+    },
+    /// These QKD-keys are gone: they entered a composition or were dropped. An ID comes in once.
+    QkdKeysUsed {
+        /// The module pair that made them.
+        module_pair: ModulePairId,
+        /// The life of its numbering.
+        generation: Generation,
+        /// The IDs.
+        ids: Vec<QkdKeyId>,
+    },
+    /// A segment number was given out, and its mask bits are burned: its tag may leave.
+    Proposed {
+        /// The stream that it will belong to.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+        /// What it is made of; none for a relayed unit.
+        composition: Option<Composition>,
+    },
+    /// A segment's bits are in the store.
+    Stored {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+        /// Everything else about it.
+        body: StoredSegment,
+    },
+    /// The matching KMA has the segment too: its bits may be used.
+    Confirmed {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+    },
+    /// The matching KMA knows that the segment is confirmed.
+    PeerConfirmed {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+    },
+    /// The segment is void; none of its bits was or will be used.
+    Discarded {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+        /// Why.
+        reason: DiscardReason,
+    },
+    /// The owner took bits: its durable mark moves to the end of the span before a byte is used.
+    Taken {
+        /// The stream.
+        stream: StreamId,
+        /// The bits; they begin at the mark.
+        span: KeySpan,
+        /// What for.
+        purpose: Purpose,
+    },
+    /// The end that does not own the bits used or burned them, as the owner named them.
+    Followed {
+        /// The stream.
+        stream: StreamId,
+        /// The bits.
+        span: KeySpan,
+        /// What for.
+        purpose: Purpose,
+    },
+    /// The owner bound bits to a key ID (with the [`Record::Taken`] before it, one durable step).
+    Bound {
+        /// The KMA that must learn of it.
+        destination: NodeId,
+        /// Counts the bindings to that KMA.
+        sequence: u64,
+        /// The binding.
+        binding: Binding,
+    },
+    /// The destination has every binding up to this one.
+    BindingsAcknowledged {
+        /// The KMA.
+        destination: NodeId,
+        /// The last sequence it has.
+        through: u64,
+    },
+    /// A binding of another KMA, received.
+    BindingReceived {
+        /// The owner's KMA.
+        source: NodeId,
+        /// Its sequence.
+        sequence: u64,
+        /// The binding.
+        binding: Binding,
+    },
+    /// A bound key is about to leave to an application; it never leaves to it again.
+    Delivered {
+        /// The key.
+        key_id: KsaKeyId,
+        /// The application.
+        application: AppId,
+    },
+    /// Both ends are done with the segment; its row is erased.
+    Closed {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+    },
+}
+
+/// A segment as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredSegment {
+    /// Whether its bits may be used already.
+    pub stage: Stage,
+    /// Encrypting: this end owns it.
+    pub key_type: KeyType,
+    /// All bits that went into it: usable ones, masks, spare bits.
+    pub total_bits: u32,
+    /// Bytes stored.
+    pub len_bytes: u32,
+    /// Bytes at its head that are never taken (an end-to-end unit's check bits).
+    pub head_bytes: u32,
+    /// Weakest level of its bits and of its way here.
+    pub level: SecurityLevel,
+    /// Equal at both ends.
+    pub kma_key_id: KmaKeyId,
+    /// What it is made of; none for a relayed unit.
+    pub composition: Option<Composition>,
+    /// Where its bits are.
+    pub row: RowId,
+    /// Proves that the row's bytes are those stored.
+    pub seal: SealTag,
+}
+
+/// How far a stored segment is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// This end holds it and has said so; the other end has yet to confirm.
+    Answered,
+    /// Both ends hold it.
+    Confirmed,
+}
+
+/// What bits were used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Purpose {
+    /// One-time pad or authentication of a relay hop.
+    Pad,
+    /// A key for applications.
+    Supply,
+    /// Nothing: burned.
+    Burn(BurnReason),
+}
+
+/// Why bits were burned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum BurnReason {
+    /// The rest of a segment was shorter than the key asked for.
+    Remainder,
+    /// Taken by a process of the owner that ended before the other end saw a use.
+    DeadLease,
+    /// The owner closed the segment.
+    Closed,
+    /// The matching KMA's store was replaced.
+    PeerStoreReplaced,
+}
+
+/// Why a segment was discarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum DiscardReason {
+    /// The two ends hold different bits.
+    Mismatch,
+    /// The matching KMA lacks a QKD-key of it.
+    Missing,
+    /// The process that proposed it ended before it was confirmed.
+    Restart,
+    /// The matching KMA does not know it.
+    PeerUnaware,
+    /// It took too long.
+    TimedOut,
+    /// A KMA on the way could not carry it.
+    RelayFailed,
+    /// The matching KMA's store was replaced.
+    PeerStoreReplaced,
+}
+
+/// Bits that were given a key ID for applications.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binding {
+    /// The key's ID.
+    pub key_id: KsaKeyId,
+    /// The stream that the bits are from.
+    pub stream: StreamId,
+    /// The bits.
+    pub span: KeySpan,
+    /// The application that asked.
+    pub master: AppId,
+    /// The applications at the destination that may fetch the key, once each.
+    pub applications: Vec<AppId>,
+}
