@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Counts of a listener. Share it with [`serve`](crate::serve) and read it at any time.
+        /// Counts of a listener. Share it with [`serve`](crate::serve()) and read it at any time.
         #[derive(Debug, Default)]
         pub struct Counters {
             $(pub(crate) $name: Counter,)*

@@ -1,6 +1,6 @@
 //! Key supply agent (KSA): keys for applications, over ETSI GS QKD 014.
 //!
-//! [`serve`] listens for HTTPS with certificates on both sides, reads requests by the letter of the
+//! [`serve()`] listens for HTTPS with certificates on both sides, reads requests by the letter of the
 //! standard and asks a [`KeySupply`], which the program implements over its stores.
 //!
 //! It knows nothing about stores, links, relays or other nodes: which keys exist, who may have them

@@ -21,7 +21,7 @@ pub trait KeySupply: Send + Sync + 'static {
 
     /// Exactly [`SupplyRequest::number`] new keys ("Get key").
     ///
-    /// An error has consumed nothing that an application could still ask for.
+    /// An error has consumed no key that could still be supplied.
     fn supply(
         &self,
         request: SupplyRequest,
@@ -85,7 +85,7 @@ pub struct SuppliedKey {
     pub key: KeyBuf,
 }
 
-/// Why no key was supplied. No key that is asked for has been consumed.
+/// Why no key was supplied. Nothing has been consumed, but for [`SupplyError::TimedOut`].
 ///
 /// `Display` is for our log. The application sees only [`SupplyError::status`] and
 /// [`SupplyError::public_message`], which never name another application, a node or a stock level.
@@ -169,7 +169,7 @@ pub enum SupplyError {
         /// The limit; 0 where a key goes to one application only.
         most: u32,
     },
-    /// The supply took too long.
+    /// The supply took too long. What it had committed by then stays burned.
     #[error("no answer in time")]
     TimedOut,
     /// This node cannot supply until someone mends it; its log says why.
@@ -236,7 +236,7 @@ const SIZE_NOT_WHOLE_BYTES: &str = "size shall be a multiple of 8";
 /// ETSI GS QKD 014 V1.1.1, clause 6.2, fixes this text.
 pub(crate) const EXTENSION_NOT_MET: &str =
     "not all extension_mandatory request options could be met";
-/// ETSI GS QKD 014 V1.1.1, clause 6.4, fixes this text.
+/// ETSI GS QKD 014 V1.1.1, clause 5 (Get key with key IDs), fixes this text.
 const KEYS_NOT_FOUND: &str = "one or more keys specified are not found on KME";
 
 #[cfg(test)]

@@ -120,8 +120,8 @@ async fn a_head_that_trickles_in_ends_the_connection() {
     let mut config = config();
     config.limits.head_within = SOON;
     let server = Server::start(config).await;
-    let (mut reader, mut writer) = tokio::io::split(server.tls("app-app-a", &[b"http/1.1"]).await);
     let start = Instant::now();
+    let (mut reader, mut writer) = tokio::io::split(server.tls("app-app-a", &[b"http/1.1"]).await);
     let trickle = tokio::spawn(async move {
         let head = b"GET /api/v1/keys/app-b/enc_keys HTTP/1.1\r\nX-Slow: ";
         for byte in head.iter().chain(std::iter::repeat(&b'x')) {
@@ -158,8 +158,8 @@ async fn an_idle_connection_is_closed() {
     let mut config = config();
     config.limits.head_within = SOON;
     let server = Server::start(config).await;
-    let mut stream = server.tls("app-app-a", &[b"http/1.1"]).await;
     let start = Instant::now();
+    let mut stream = server.tls("app-app-a", &[b"http/1.1"]).await;
     rest(&mut stream).await;
     assert!(start.elapsed() >= SOON && start.elapsed() < LONG);
 }
@@ -262,9 +262,11 @@ async fn shutdown_finishes_what_is_in_progress_and_takes_nothing_new() {
     let (mut busy, mut idle) = (server.client("app-a").await, server.client("app-b").await);
     assert_eq!(idle.get("app-a/status").await.status, StatusCode::OK);
     let late = tokio::spawn(async move { busy.get("late/enc_keys").await });
-    until(&server, |counts| counts.connections == 2).await;
-    sleep(Duration::from_millis(100)).await;
+    server.stock.late_is_asked().await;
     server.shutdown.send(true).unwrap();
+    // All that can be closed is closed before the answer comes.
+    sleep(SOON).await;
+    server.stock.release_late();
     assert_eq!(late.await.unwrap().keys().len(), 1);
     timeout(LONG, server.serving).await.unwrap().unwrap();
     let path = "/api/v1/keys/app-a/status";
@@ -291,13 +293,25 @@ async fn shutdown_does_not_wait_for_ever() {
 #[tokio::test]
 async fn an_old_connection_is_ended_in_good_order() {
     let mut config = config();
-    config.limits.connection_age = SOON;
+    config.limits.connection_age = Duration::from_secs(2);
     let server = Server::start(config).await;
     let mut a = server.client("app-a").await;
-    // In progress when the connection comes of age.
-    assert_eq!(a.get("late/enc_keys").await.keys().len(), 1);
-    let path = "/api/v1/keys/app-b/status";
-    assert!(a.try_send(hyper::Method::GET, path, "").await.is_err());
+    let late = tokio::spawn(async move {
+        let keys = a.get("late/enc_keys").await.keys();
+        let path = "/api/v1/keys/app-b/status";
+        (
+            keys.len(),
+            a.try_send(hyper::Method::GET, path, "").await.is_err(),
+        )
+    });
+    server.stock.late_is_asked().await;
+    sleep(Duration::from_secs(2) + SOON).await;
+    server.stock.release_late();
+    assert_eq!(
+        late.await.unwrap(),
+        (1, true),
+        "the answer came, then the end"
+    );
     assert_eq!(server.counters.read().connections_failed, 0);
 }
 

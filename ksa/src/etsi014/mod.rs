@@ -61,7 +61,7 @@ type Sae = Result<Path<String>, PathRejection>;
 type Parameters = Result<Query<Vec<(String, String)>>, QueryRejection>;
 type Shared<S> = State<Arc<Service<S>>>;
 
-/// Clause 5.1, Get status.
+/// Clause 5, Get status.
 async fn status<S: KeySupply>(
     State(service): Shared<S>,
     Extension(Caller(caller)): Extension<Caller>,
@@ -81,7 +81,7 @@ async fn status<S: KeySupply>(
     service.finish(&caller, "status", answer.await)
 }
 
-/// Clause 5.2, Get key.
+/// Clause 5, Get key.
 async fn enc_keys<S: KeySupply>(
     State(service): Shared<S>,
     Extension(Caller(caller)): Extension<Caller>,
@@ -124,7 +124,7 @@ async fn enc_keys<S: KeySupply>(
     service.finish(&caller, "enc_keys", answer.await)
 }
 
-/// Clause 5.3, Get key with key IDs.
+/// Clause 5, Get key with key IDs.
 async fn dec_keys<S: KeySupply>(
     State(service): Shared<S>,
     Extension(Caller(caller)): Extension<Caller>,

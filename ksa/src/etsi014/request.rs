@@ -74,7 +74,7 @@ pub(super) enum FormError {
 }
 
 impl KeyRequest {
-    /// Clause 5.2: GET with nothing but `number` and `size`.
+    /// Clause 5, Get key: GET with nothing but `number` and `size`.
     pub(super) fn from_query(
         parameters: &[(String, String)],
         profile: &Profile,
@@ -138,7 +138,7 @@ impl KeyRequest {
     }
 }
 
-/// Clause 5.3: GET for exactly one key.
+/// Clause 5, Get key with key IDs: GET for exactly one key.
 pub(super) fn key_id_from_query(parameters: &[(String, String)]) -> Result<KsaKeyId, Refusal> {
     match parameters {
         [(name, value)] if name == "key_ID" => Ok(value.parse().map_err(|_| FormError::KeyId)?),

@@ -44,6 +44,10 @@ pub(crate) fn app(text: &str) -> AppId {
 pub(crate) struct Stock {
     pool: Pool,
     inner: Mutex<Inner>,
+    /// Turns to `true` once an answer that goes to `late` is being waited for.
+    late_is_asked: watch::Sender<bool>,
+    /// Turns to `true` when it may come.
+    late_may_come: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -64,7 +68,20 @@ impl Stock {
         Self {
             pool,
             inner: Mutex::default(),
+            late_is_asked: watch::channel(false).0,
+            late_may_come: watch::channel(false).0,
         }
+    }
+
+    /// Waits until a request that goes to `late` is in progress.
+    pub(crate) async fn late_is_asked(&self) {
+        let mut asked = self.late_is_asked.subscribe();
+        asked.wait_for(|asked| *asked).await.unwrap();
+    }
+
+    /// Lets requests that go to `late` have their answer.
+    pub(crate) fn release_late(&self) {
+        self.late_may_come.send_replace(true);
     }
 
     /// The requests for new keys so far.
@@ -75,6 +92,37 @@ impl Stock {
     /// How many keys wait for a second application.
     pub(crate) fn waiting(&self) -> usize {
         self.inner.lock().unwrap().keys.len()
+    }
+
+    /// What the name of the other application asks this stock to do.
+    async fn fate(&self, caller: &AppId, other: &AppId) -> Result<(), SupplyError> {
+        if caller.as_str() == "nobody" {
+            let caller = caller.clone();
+            return Err(SupplyError::Unauthorised { caller });
+        }
+        match other.as_str() {
+            "mystery" => Err(SupplyError::UnknownDestination {
+                destination: other.clone(),
+            }),
+            "starved" => Err(SupplyError::NotEnoughKey {
+                asked_bits: 256,
+                have_bits: 8,
+            }),
+            "far" => Err(SupplyError::Unreachable {
+                node: "node-far".parse().unwrap(),
+            }),
+            "computational" => Err(SupplyError::LevelUnavailable {
+                asked: SecurityLevel::Qkd,
+            }),
+            "never" => std::future::pending().await,
+            "late" => {
+                self.late_is_asked.send_replace(true);
+                let mut may_come = self.late_may_come.subscribe();
+                may_come.wait_for(|come| *come).await.unwrap();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn draw(&self, request: &SupplyRequest, len_bytes: usize) -> SuppliedKey {
@@ -92,38 +140,9 @@ impl Stock {
     }
 }
 
-/// What the name of the other application asks this stock to do.
-async fn fate(caller: &AppId, other: &AppId) -> Result<(), SupplyError> {
-    if caller.as_str() == "nobody" {
-        let caller = caller.clone();
-        return Err(SupplyError::Unauthorised { caller });
-    }
-    match other.as_str() {
-        "mystery" => Err(SupplyError::UnknownDestination {
-            destination: other.clone(),
-        }),
-        "starved" => Err(SupplyError::NotEnoughKey {
-            asked_bits: 256,
-            have_bits: 8,
-        }),
-        "far" => Err(SupplyError::Unreachable {
-            node: "node-far".parse().unwrap(),
-        }),
-        "computational" => Err(SupplyError::LevelUnavailable {
-            asked: SecurityLevel::Qkd,
-        }),
-        "never" => std::future::pending().await,
-        "late" => {
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            Ok(())
-        }
-        _ => Ok(()),
-    }
-}
-
 impl KeySupply for Stock {
     async fn status(&self, caller: &AppId, peer: &AppId) -> Result<StockStatus, SupplyError> {
-        fate(caller, peer).await?;
+        self.fate(caller, peer).await?;
         Ok(StockStatus {
             source: "node-a".parse().unwrap(),
             target: "node-b".parse().unwrap(),
@@ -134,7 +153,7 @@ impl KeySupply for Stock {
 
     async fn supply(&self, request: SupplyRequest) -> Result<Vec<SuppliedKey>, SupplyError> {
         let slave = request.destinations[0].clone();
-        fate(&request.caller, &slave).await?;
+        self.fate(&request.caller, &slave).await?;
         let (mut number, mut len_bytes) = (request.number, request.size.bytes());
         match slave.as_str() {
             "one-less" => number -= 1,
@@ -151,7 +170,7 @@ impl KeySupply for Stock {
         &self,
         request: SupplyByIdRequest,
     ) -> Result<Vec<SuppliedKey>, SupplyError> {
-        fate(&request.caller, &request.master).await?;
+        self.fate(&request.caller, &request.master).await?;
         let mut inner = self.inner.lock().unwrap();
         let here = |id: &KsaKeyId| {
             let entry = inner.keys.get(id);
