@@ -175,6 +175,8 @@ impl World {
         }
         vault.commit()?;
         assert!(vault.rows()?.iter().eq(rows.keys()));
+        // The numbers of orphans are used again.
+        self.next_row = rows.keys().last().map_or(0, |row| row.0 + 1);
         self.vault = vault;
         self.journal = journal;
         self.staged.clear();
@@ -238,10 +240,12 @@ fn run(seed: u64, ops: &[Op], at: u64, fault: Fault, second: Option<u64>) -> See
         }
         // What was read once stays.
         disk.restart();
+        world.assert_forgotten();
         world.reopen(&[world.journal.clone()]).unwrap();
         world.assert_forgotten();
     }
     disk.restart();
+    world.assert_forgotten();
     let last = [world.journal.clone(), world.now()];
     world.reopen(&last[..1]).unwrap();
     disk.restart();
@@ -374,6 +378,22 @@ fn a_commit_that_found_no_space_is_retried() {
 }
 
 #[test]
+fn a_power_cut_in_a_retried_commit_is_no_damage() {
+    for seed in 0..40 {
+        let disk = SimDisk::new(seed);
+        let mut world = World::new(disk.clone()).unwrap();
+        world.run(&Op::Note(1500)).unwrap();
+        disk.fail_at(disk.operations() + 1, Fault::NoSpace);
+        world.vault.commit().unwrap_err();
+        world.run(&Op::Note(1500)).unwrap();
+        disk.fail_at(disk.operations() + 2, Fault::PowerCut);
+        world.vault.commit().unwrap_err();
+        disk.restart();
+        world.reopen(&world.candidates(&Op::Commit)).unwrap();
+    }
+}
+
+#[test]
 fn after_a_failed_sync_everything_fails_until_reopened() {
     let disk = SimDisk::new(1);
     let mut world = World::new(disk.clone()).unwrap();
@@ -444,6 +464,27 @@ fn a_flipped_byte_anywhere_in_the_journal_is_an_error() {
             "byte {offset}"
         );
         disk.damage("journal", offset, 0x20);
+    }
+    world.reopen(&[world.journal.clone()]).unwrap();
+}
+
+#[test]
+fn a_lost_sector_is_damage_wherever_a_later_commit_exists() {
+    let disk = SimDisk::new(1);
+    let mut world = World::new(disk.clone()).unwrap();
+    for _ in 0..4 {
+        world.run(&Op::Note(1000)).unwrap();
+        world.run(&Op::Commit).unwrap();
+    }
+    let whole = disk.read("journal").unwrap();
+    let last = 4096 + 3 * (world.journal[0].encode().len() + 29);
+    for sector in (4096..last).step_by(512) {
+        let lost = sector..(sector + 512).min(last);
+        lost.clone()
+            .for_each(|at| disk.damage("journal", at, whole[at]));
+        let opened = disk.open_sealed();
+        assert!(matches!(opened, Err(VaultError::JournalDamaged { .. })));
+        lost.for_each(|at| disk.damage("journal", at, whole[at]));
     }
     world.reopen(&[world.journal.clone()]).unwrap();
 }

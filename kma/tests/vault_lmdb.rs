@@ -135,15 +135,22 @@ fn an_erased_row_cannot_be_read_from_an_older_copy_of_the_database() {
 }
 
 #[test]
-fn a_row_number_is_free_only_when_no_trace_is_left() {
-    let (dir, _) = store_of_one();
+fn a_row_number_is_free_when_the_erasure_is_committed() {
+    let (dir, old_tag) = store_of_one();
     let mut vault = open(dir.path()).unwrap();
     let taken = |answer| matches!(answer, Err(VaultError::RowExists { row: RowId(1) }));
     assert!(taken(vault.put(RowId(1), &key(1))));
     vault.erase(RowId(1));
     assert!(taken(vault.put(RowId(1), &key(1))));
     vault.commit().unwrap();
-    assert!(taken(vault.put(RowId(1), &key(1))));
+    let tag = vault.put(RowId(1), &key(2)).unwrap();
+    vault.commit().unwrap();
+    drop(vault);
+
+    let mut vault = open(dir.path()).unwrap();
+    assert_eq!(read(&mut vault, 1, &tag).unwrap(), key(2));
+    let other = read(&mut vault, 1, &old_tag);
+    assert!(matches!(other, Err(GetError::OtherRow { .. })));
 }
 
 #[test]

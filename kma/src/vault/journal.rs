@@ -33,6 +33,7 @@ pub(super) enum Kind {
     Memory = 2,
 }
 
+/// After a final error ([`VaultError::is_final`]) it must not be used; the vaults see to that.
 pub(super) struct Journal {
     disk: Box<dyn Disk>,
     file: Box<dyn BlockFile>,
@@ -51,7 +52,6 @@ pub(super) struct Journal {
     too_long: Option<VaultError>,
     /// The file as it was opened, until it is replayed.
     image: Option<Vec<u8>>,
-    poisoned: bool,
 }
 
 impl Journal {
@@ -85,7 +85,6 @@ impl Journal {
             staged: Vec::new(),
             too_long: None,
             image: None,
-            poisoned: false,
         };
         journal.settle(&image, scan.last, scan.torn)?;
         journal.image = Some(image);
@@ -162,11 +161,7 @@ impl Journal {
     /// Writes all staged records as one frame, and syncs once.
     pub(super) fn commit(&mut self) -> Result<(), VaultError> {
         if let Some(error) = self.too_long.take() {
-            self.poisoned = true;
             return Err(error);
-        }
-        if self.poisoned {
-            return Err(VaultError::Poisoned);
         }
         if self.staged.is_empty() {
             return Ok(());
@@ -189,10 +184,7 @@ impl Journal {
             self.undo_write()?;
             return Err(io(error));
         }
-        if let Err(error) = self.file.sync() {
-            self.poisoned = true;
-            return Err(not_durable(error));
-        }
+        self.file.sync().map_err(not_durable)?;
         self.len_bytes = self.len_bytes.max(self.end + frame.len() as u64);
         self.end = end;
         self.chain = chain;
@@ -206,10 +198,7 @@ impl Journal {
     fn undo_write(&mut self) -> Result<(), VaultError> {
         let undone = self.file.truncate(self.end);
         self.len_bytes = self.end;
-        undone.and_then(|()| self.file.sync()).map_err(|error| {
-            self.poisoned = true;
-            not_durable(error)
-        })
+        undone.and_then(|()| self.file.sync()).map_err(not_durable)
     }
 
     /// Commits, then puts a journal of the snapshot's records in the place of this one.
@@ -229,10 +218,9 @@ impl Journal {
         };
         // From here on, failure leaves it unknown which of the two a crash brings back.
         let renamed = self.disk.rename(NEW_NAME, NAME);
-        if let Err(error) = renamed.and_then(|()| self.disk.sync_dir()) {
-            self.poisoned = true;
-            return Err(not_durable(error));
-        }
+        renamed
+            .and_then(|()| self.disk.sync_dir())
+            .map_err(not_durable)?;
         self.file = file;
         self.end = end;
         self.len_bytes = end;

@@ -55,7 +55,7 @@ pub fn read_journal(image: &[u8], each: &mut dyn FnMut(&[u8])) -> Result<(), Vau
     journal::Journal::read(image, each)
 }
 
-/// Number of a row. The caller counts them up and never uses one again.
+/// Number of a row, chosen by the caller. It is free again when the erasure is committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RowId(pub u64);
 
@@ -253,7 +253,7 @@ pub enum VaultError {
         /// Its length.
         len_bytes: usize,
     },
-    /// A row of that number exists, or traces of it do.
+    /// A row of that number exists, or its erasure is not committed.
     #[error("row {row} exists already")]
     RowExists {
         /// The row.

@@ -33,14 +33,14 @@ pub struct SealedVault {
     journal: Journal,
     slots: Slots,
     rows: Box<dyn Rows>,
-    /// Every row of which any trace exists, staged ones too. Its number is not free.
+    /// Every row of which any trace exists, staged ones too.
     known: BTreeSet<RowId>,
     /// Sealed, not in the database yet.
     puts: BTreeMap<RowId, Vec<u8>>,
     /// To be erased when the journal is durable.
     erasures: BTreeSet<RowId>,
-    /// Without a data key, to be deleted from the database. That only gives back space, so it
-    /// waits for the next transaction.
+    /// Without a data key, to be deleted from the database, or overwritten. That only gives back
+    /// space, so it waits for the next transaction.
     leftovers: BTreeSet<RowId>,
     poisoned: bool,
 }
@@ -202,13 +202,14 @@ impl Vault for SealedVault {
                 len_bytes: key.len(),
             });
         }
-        if self.known.contains(&row) {
+        if self.known.contains(&row) && !self.leftovers.contains(&row) {
             return Err(VaultError::RowExists { row });
         }
         let mut sealed = vec![0; NONCE_BYTES + key.len() + TAG_BYTES];
         self.make_room(sealed.len())?;
         let cipher = self.slots.stage(row)?;
         self.known.insert(row);
+        self.leftovers.remove(&row);
         let context = Context::row(self.journal.incarnation(), row);
         let tag = cipher.seal(&context, key, &mut sealed);
         match tag {

@@ -186,6 +186,19 @@ impl State {
         (z ^ (z >> 31)) & 1 == 1
     }
 
+    /// The system brings writes to the disk when it likes, not only when it is told to.
+    fn write_back(&mut self, inode: usize) {
+        let unsynced = self.inodes[inode].unsynced.clone();
+        for sector in unsynced {
+            if self.coin() {
+                let inode = &mut self.inodes[inode];
+                let end = ((sector + 1) * SECTOR_BYTES).min(inode.seen.len());
+                inode.kept.resize(inode.kept.len().max(end), 0);
+                inode.keep(sector);
+            }
+        }
+    }
+
     fn cut_power(&mut self) {
         self.dark = true;
         for change in std::mem::take(&mut self.name_changes) {
@@ -249,13 +262,12 @@ impl Inode {
 
     /// Brings one sector to the disk, as far as the kept length reaches.
     fn keep(&mut self, sector: usize) {
-        let start = sector * SECTOR_BYTES;
+        let start = (sector * SECTOR_BYTES).min(self.kept.len());
         let end = (start + SECTOR_BYTES).min(self.kept.len());
-        let seen = end.min(self.seen.len()).max(start);
-        self.kept[start.min(end)..end].fill(0);
-        if seen > start {
-            self.kept[start..seen].copy_from_slice(&self.seen[start..seen]);
-        }
+        let seen = self.seen.get(start..).unwrap_or_default();
+        let len = seen.len().min(end - start);
+        self.kept[start..start + len].copy_from_slice(&seen[..len]);
+        self.kept[start + len..end].fill(0);
     }
 }
 
@@ -361,10 +373,12 @@ impl BlockFile for SimFile {
         let mut state = self.disk.state();
         match state.step()? {
             None => {
+                state.write_back(self.inode);
                 state.inodes[self.inode].write(bytes, offset);
                 Ok(())
             }
             Some(Fault::PowerCut) => {
+                state.write_back(self.inode);
                 state.inodes[self.inode].write(bytes, offset);
                 state.cut_power();
                 Err(failed())

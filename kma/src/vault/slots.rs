@@ -25,6 +25,7 @@ use super::kek::KekSource;
 use super::seal::{Cipher, Context, KEY_BYTES, NONCE_BYTES, TAG_BYTES, random};
 use super::{RowId, VaultError};
 
+/// After a final error ([`VaultError::is_final`]) it must not be used; the vault sees to that.
 pub(super) struct Slots {
     file: Box<dyn BlockFile>,
     incarnation: Incarnation,
