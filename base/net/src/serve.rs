@@ -3,15 +3,14 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     task::JoinSet,
     time::{Instant, sleep},
 };
-use tokio_rustls::server::TlsStream;
 
 use crate::{
     Identity,
-    tls::{self, HandshakeError, Reloadable},
+    tls::{self, HandshakeError, Reloadable, ServerStream},
 };
 
 /// Failed handshakes are logged this often at most.
@@ -25,7 +24,7 @@ pub trait Handler: Send + Sync + 'static {
     /// client may do anything is decided here.
     fn talk(
         &self,
-        stream: TlsStream<TcpStream>,
+        stream: ServerStream,
         client: Identity,
         from: SocketAddr,
     ) -> impl Future<Output = ()> + Send;

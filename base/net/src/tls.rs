@@ -295,6 +295,11 @@ impl Reloadable {
     }
 }
 
+/// The server's end of a connection.
+pub type ServerStream = server::TlsStream<TcpStream>;
+/// The client's end of a connection.
+pub type ClientStream = client::TlsStream<TcpStream>;
+
 /// Why a handshake came to nothing. The connection is closed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -324,7 +329,7 @@ pub async fn accept(
     tcp: TcpStream,
     config: Arc<ServerConfig>,
     within: Duration,
-) -> Result<(server::TlsStream<TcpStream>, Identity), HandshakeError> {
+) -> Result<(ServerStream, Identity), HandshakeError> {
     let handshake = async {
         tcp.set_nodelay(true)?;
         TlsAcceptor::from(config).accept(tcp).await
@@ -352,7 +357,7 @@ pub async fn connect(
     tcp: TcpStream,
     config: Arc<ClientConfig>,
     within: Duration,
-) -> Result<client::TlsStream<TcpStream>, HandshakeError> {
+) -> Result<ClientStream, HandshakeError> {
     // Never sent (the verifier asks for no server name); TLS wants one to be given.
     let name = ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into());
     let handshake = async {

@@ -3,15 +3,17 @@
 use std::{collections::HashMap, net::SocketAddr};
 
 use qkd_keyfile::NodeId;
-use tokio::{net::TcpStream, sync::mpsc};
-use tokio_rustls::server::TlsStream;
+use tokio::sync::mpsc;
 
 use super::{
     LinkTiming,
     connection::{Link, Stream, greet},
     outbox::SharedCounters,
 };
-use crate::{Handler, Identity, tls::HandshakeError};
+use crate::{
+    Handler, Identity,
+    tls::{HandshakeError, ServerStream},
+};
 
 /// Hands each incoming connection to the task of its peer.
 pub(super) struct Door {
@@ -22,7 +24,7 @@ pub(super) struct Door {
 }
 
 impl Handler for Door {
-    async fn talk(&self, stream: TlsStream<TcpStream>, client: Identity, from: SocketAddr) {
+    async fn talk(&self, stream: ServerStream, client: Identity, from: SocketAddr) {
         let newcomers = match &client {
             Identity::Node(peer) => self.newcomers.get(peer),
             Identity::App(_) => None,
