@@ -267,7 +267,11 @@ impl Message {
 
 /// `text`, cut to [`MAX_TEXT_BYTES`].
 pub(crate) fn shortened(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MAX_TEXT_BYTES)]
+    let mut end = text.len().min(MAX_TEXT_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 #[cfg(test)]
