@@ -7,8 +7,10 @@ use serde::Deserialize;
 use crate::{
     directory::{DirectoryConfig, DirectorySource},
     serial::{SerialConfig, SerialSource},
+    shared_memory::{SharedMemoryConfig, SharedMemorySource},
     source::KeySource,
 };
+use qkd_handover::ring::MapError;
 
 /// A module's entry in the configuration; `kind` names the driver.
 ///
@@ -24,6 +26,8 @@ pub enum DriverConfig {
     Directory(DirectoryConfig),
     /// A device on a serial line.
     Serial(SerialConfig),
+    /// A producer process that writes to shared memory.
+    SharedMemory(SharedMemoryConfig),
 }
 
 impl DriverConfig {
@@ -40,6 +44,7 @@ impl DriverConfig {
         Ok(match self {
             Self::Directory(config) => Box::new(DirectorySource::open(config)?),
             Self::Serial(config) => Box::new(SerialSource::open(config)?),
+            Self::SharedMemory(config) => Box::new(SharedMemorySource::open(config)?),
         })
     }
 }
@@ -89,6 +94,24 @@ pub enum OpenError {
         path: PathBuf,
         /// The operating system's reason.
         source: io::Error,
+    },
+    /// The socket for producers cannot be made.
+    #[error(
+        "cannot listen at {path}: let this user write to its folder, and end whatever else listens there"
+    )]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// The memory of the ring cannot be had.
+    #[error("cannot make the ring for {path}: check `capacity_bytes` and the free memory")]
+    Ring {
+        /// The socket.
+        path: PathBuf,
+        /// The reason.
+        source: MapError,
     },
     /// A number of the configuration is out of its range.
     #[error("{setting} = {value}: give {expected}")]

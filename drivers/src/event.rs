@@ -1,6 +1,12 @@
 //! What a module can tell. No event holds a key byte.
 
-use qkd_handover::{serial::FrameError, status::ModuleState, type7::Type7Error};
+use qkd_handover::{
+    block::BlockError,
+    ring::RingFault,
+    serial::FrameError,
+    status::{ModuleState, StatusError},
+    type7::Type7Error,
+};
 use qkd_keyfile::{QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
 
 /// Something that happened at a module.
@@ -131,6 +137,11 @@ pub enum AlarmCode {
         /// The operating system's reason.
         error: std::io::ErrorKind,
     },
+    /// A user who is not trusted with keys connected to the socket of a ring, and was turned away.
+    StrangerConnected {
+        /// The user's number.
+        uid: u32,
+    },
     /// The folder's state could not be written: a restart may not notice that the numbering began
     /// anew in between.
     CannotKeepNumbering {
@@ -216,6 +227,32 @@ pub enum CorruptReason {
     /// Damage on a serial line. A damaged key frame comes again.
     #[error(transparent)]
     Frame(#[from] FrameError),
+    /// A producer broke the rules of its ring, which is then thrown away.
+    #[error(transparent)]
+    Ring(#[from] RingFault),
+    /// A record of a ring holds no valid key block.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// A record of a ring holds no valid status.
+    #[error(transparent)]
+    Status(#[from] StatusError),
+    /// A ring's block is not above the one before it.
+    #[error("block {number} after block {after}")]
+    Disordered {
+        /// Its number.
+        number: u64,
+        /// The number before it.
+        after: u64,
+    },
+    /// A ring's block is one that the producer was told to be durable: sent once more against the
+    /// rule, or numbered anew, which a ring cannot tell. Delivering it might use its bits twice.
+    #[error("block {number} once more, though all up to {durable} are durable")]
+    Durable {
+        /// Its number.
+        number: u64,
+        /// What the producer was told.
+        durable: u64,
+    },
 }
 
 /// Why a module is out of reach.
@@ -240,6 +277,15 @@ pub enum DetachReason {
         /// The operating system's reason.
         error: std::io::ErrorKind,
     },
+    /// The producer closed its connection, or its process ended.
+    #[error("the producer is gone")]
+    Closed,
+    /// The producer's heartbeat stands still.
+    #[error("the producer's heartbeat stands still")]
+    Silent,
+    /// The producer broke the rules of its ring.
+    #[error("the producer broke the rules of its ring")]
+    BrokeRules,
     /// Another device than the configured one answered.
     #[error("device {found:?} answered, {expected:?} is configured")]
     OtherDevice {

@@ -40,6 +40,7 @@ mod outstanding;
 mod readiness;
 mod records;
 pub mod serial;
+pub mod shared_memory;
 mod source;
 mod waiting;
 
@@ -51,4 +52,5 @@ pub use event::{
 pub use qkd_handover::status::ModuleState;
 pub use records::Limits;
 pub use serial::SerialConfig;
+pub use shared_memory::SharedMemoryConfig;
 pub use source::{KeySource, ReadError, Settlement, next_event};

@@ -44,7 +44,7 @@ struct Cable {
 pub(crate) fn block(number: u64) -> (BlockHeader, Vec<u8>) {
     let len = 1 + usize::try_from(number * 37 % 400).unwrap();
     let key: Vec<u8> = (0..len as u64)
-        .map(|i| (number.wrapping_mul(0x9e37_79b9) >> (i % 8) ^ i) as u8)
+        .map(|i| (number.wrapping_mul(0x9e37_79b9) >> (i % 8) ^ i).to_le_bytes()[0])
         .collect();
     let header = BlockHeader {
         number,

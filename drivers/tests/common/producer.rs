@@ -1,0 +1,89 @@
+//! A producer at the socket of a ring: well-behaved by itself, and with a way to misbehave.
+
+use std::{
+    io::IoSliceMut,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    path::Path,
+};
+
+use qkd_handover::ring::{
+    Producer, WriteError,
+    greeting::{GREETING_BYTES, Greeting},
+};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, recvmsg, socket_with,
+};
+
+/// One connection.
+pub(crate) struct Connected {
+    pub(crate) producer: Producer,
+    pub(crate) greeting: Greeting,
+    pub(crate) memory: std::fs::File,
+    pub(crate) wakeup: OwnedFd,
+    pub(crate) socket: OwnedFd,
+}
+
+impl Connected {
+    /// Connects and waits for the greeting.
+    pub(crate) fn new(path: &Path) -> std::io::Result<Self> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        let mut bytes = [0; GREETING_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        )?;
+        let mut descriptors = Vec::new();
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights);
+            }
+        }
+        if received.bytes == 0 {
+            return Err(std::io::ErrorKind::ConnectionRefused.into());
+        }
+        let greeting = Greeting::decode(&bytes[..received.bytes]).expect("a greeting");
+        let [memory, wakeup] = <[OwnedFd; 2]>::try_from(descriptors).expect("two descriptors");
+        let producer = Producer::attach(memory.as_fd(), &greeting).expect("a ring");
+        Ok(Self {
+            producer,
+            greeting,
+            memory: memory.into(),
+            wakeup,
+            socket,
+        })
+    }
+
+    /// Writes the block with this number (see [`super::device::block`]).
+    pub(crate) fn send(&mut self, number: u64) -> Result<(), WriteError> {
+        let (header, key) = super::device::block(number);
+        let sleeps = self.producer.write_block(&header, &key)?;
+        self.wake_if(sleeps);
+        Ok(())
+    }
+
+    pub(crate) fn wake_if(&self, sleeps: bool) {
+        if sleeps {
+            rustix::io::write(&self.wakeup, &1_u64.to_ne_bytes()).expect("an eventfd");
+        }
+    }
+
+    /// Overwrites a word of the ring behind the back of its rules.
+    pub(crate) fn poke(&self, offset: u64, bytes: &[u8]) {
+        self.memory.write_all_at(bytes, offset).expect("a memfd");
+    }
+}
