@@ -3,8 +3,8 @@
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{
-    Body, CRC_BYTES, CREDIT, CREDIT_BYTES, Credit, END, Frame, GREET, HEADER_BYTES, HELLO, KEY,
-    MAX_DEVICE_BYTES, MAX_ENCODED_BYTES, MAX_PAYLOAD_BYTES, RESEND, STATUS, VERSION,
+    Body, CRC_BYTES, CREDIT, CREDIT_BYTES, Credit, END, END_HEARD, Frame, GREET, HEADER_BYTES,
+    HELLO, KEY, MAX_DEVICE_BYTES, MAX_ENCODED_BYTES, MAX_PAYLOAD_BYTES, RESEND, STATUS, VERSION,
 };
 use crate::{
     block::{BlockError, BlockHeader},
@@ -289,6 +289,7 @@ fn parse_body(kind: u8, flags: u16, payload: &[u8]) -> Result<Body<'_>, FrameErr
                 window_blocks: u32::from_le_bytes([w0, w1, w2, w3]),
                 resend: flags & RESEND != 0,
                 greet: flags & GREET != 0,
+                end: flags & END_HEARD != 0,
             })
         }
         END if payload.is_empty() => Body::End,

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 0 | version | [`VERSION`] |
 //! | 1 | type | 1 hello, 2 key, 3 status, 4 credit, 5 end |
-//! | 2-3 | flags | of a credit: 1 resend, 2 greet; else 0 |
+//! | 2-3 | flags | of a credit: 1 resend, 2 greet, 4 end; else 0 |
 //! | 4-7 | session | drawn by the device when it begins to number anew, never 0 |
 //! | 8-15 | sequence number | see [`Body`] |
 //! | 16-19 | payload length, bytes | at most [`MAX_PAYLOAD_BYTES`] |
@@ -21,7 +21,8 @@
 //! The device numbers its key frames 1, 2, ... within a session and keeps each until the host has
 //! said that it is durable. The host takes them in order only. Its credit frame says three things:
 //! up to where blocks are durable, up to where they are received, and how many more it takes. What
-//! is lost is sent again, from the first one missing, when the host asks or when a time-out passes.
+//! is lost is sent again, from the first one missing, when the host asks or when a time-out passes; so
+//! is the end.
 //! [`Sender`] and [`Receiver`] are the two halves, without a port or a clock.
 //!
 //! A CRC finds damage, not an attacker: a line that leaves the cabinet needs more protection.
@@ -111,6 +112,8 @@ pub struct Credit {
     pub resend: bool,
     /// Send a hello.
     pub greet: bool,
+    /// The end has been heard, and nothing is missing before it.
+    pub end: bool,
 }
 
 /// Why a frame cannot be encoded. Nothing was written.
@@ -210,7 +213,8 @@ impl Credit {
     fn flags(&self) -> u16 {
         let resend = if self.resend { RESEND } else { 0 };
         let greet = if self.greet { GREET } else { 0 };
-        resend | greet
+        let end = if self.end { END_HEARD } else { 0 };
+        resend | greet | end
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -242,5 +246,6 @@ const END: u8 = 5;
 
 const RESEND: u16 = 1;
 const GREET: u16 = 2;
+const END_HEARD: u16 = 4;
 
 const _: () = assert!(MAX_KEY_BITS as usize / 8 + block::HEADER_BYTES == MAX_PAYLOAD_BYTES);

@@ -20,6 +20,8 @@ pub struct Receiver {
     window_blocks: u32,
     /// A hello has come since the port was opened.
     greeted: bool,
+    /// The end of the session has come, and all blocks before it.
+    ended: bool,
     owed: Owed,
     /// A resend was asked for when this was the last block received.
     asked_at: Option<u64>,
@@ -117,6 +119,7 @@ impl Receiver {
             durable,
             window_blocks: 0,
             greeted: false,
+            ended: false,
             owed: Owed::default(),
             asked_at: None,
             retry_after,
@@ -221,6 +224,7 @@ impl Receiver {
                 window_blocks: self.window_blocks,
                 resend,
                 greet,
+                end: self.ended,
             }),
         };
         encode(&frame, out).expect("a credit fits");
@@ -250,6 +254,7 @@ impl Receiver {
         let mut missing_blocks = 0;
         if new_session {
             self.session = session;
+            self.ended = false;
             self.received = first_seq - 1;
             self.durable = first_seq - 1;
             self.counters.sessions += 1;
@@ -309,6 +314,7 @@ impl Receiver {
     fn end<'a>(&mut self, last_seq: u64) -> Event<'a> {
         let missing_blocks = last_seq.saturating_sub(self.received);
         let resend = missing_blocks > 0;
+        self.ended = !resend;
         self.owe(Owed {
             resend,
             ..Owed::default()

@@ -80,6 +80,7 @@ enum End {
     No,
     Due,
     Sent,
+    Heard,
 }
 
 impl Sender {
@@ -177,10 +178,10 @@ impl Sender {
         self.first_seq - 1
     }
 
-    /// The end was announced and every block is durable at the host.
+    /// The host has heard the end, and every block is durable there.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.end == End::Sent && self.kept.is_empty()
+        self.end == End::Heard && self.kept.is_empty()
     }
 
     /// What it has done.
@@ -268,6 +269,9 @@ impl Sender {
             self.kept.pop_front();
             self.first_seq += 1;
         }
+        if credit.end && self.end == End::Sent && self.received == self.last_seq() {
+            self.end = End::Heard;
+        }
         self.window_end = credit
             .received
             .saturating_add(u64::from(credit.window_blocks));
@@ -317,7 +321,7 @@ impl Sender {
 
     /// The host owes an answer.
     fn is_waiting(&self) -> bool {
-        !self.greeted || !self.kept.is_empty()
+        !self.greeted || !self.kept.is_empty() || self.end == End::Sent
     }
 }
 

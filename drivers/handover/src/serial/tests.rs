@@ -55,6 +55,7 @@ fn every_kind_of_frame_reads_back() {
             window_blocks: 3,
             resend: true,
             greet: false,
+            end: true,
         }),
         Body::End,
     ];
