@@ -31,6 +31,15 @@ pub enum DriverConfig {
 }
 
 impl DriverConfig {
+    /// The path of the folder, port or socket, for a caller that resolves relative ones.
+    pub fn path_mut(&mut self) -> &mut PathBuf {
+        match self {
+            Self::Directory(config) => &mut config.path,
+            Self::Serial(config) => &mut config.path,
+            Self::SharedMemory(config) => &mut config.socket,
+        }
+    }
+
     /// Opens the module. Needs the context of a tokio runtime, in which the source is then polled.
     ///
     /// # Errors

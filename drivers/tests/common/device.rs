@@ -3,7 +3,7 @@
 use std::{
     num::NonZeroU32,
     os::{fd::OwnedFd, unix::fs::symlink},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
@@ -36,6 +36,7 @@ pub(crate) struct Device {
 }
 
 struct Cable {
+    link: PathBuf,
     pull: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
@@ -92,14 +93,21 @@ impl Device {
             talk(&pty.master, &sender, &pulled, fault);
             drop(pty.slave);
         });
-        self.cable = Some(Cable { pull, thread });
+        self.cable = Some(Cable {
+            link: link.to_owned(),
+            pull,
+            thread,
+        });
     }
 
-    /// Pulls the plug: the port hangs up.
+    /// Pulls the plug: the port hangs up, and the link goes first, because the terminal's number may
+    /// be another test's at once.
     pub(crate) fn unplug(&mut self) {
         if let Some(cable) = self.cable.take() {
+            let _ = std::fs::remove_file(cable.link);
             cable.pull.store(true, Ordering::Relaxed);
-            cable.thread.join().unwrap();
+            let played = cable.thread.join();
+            assert!(played.is_ok() || std::thread::panicking());
         }
     }
 
@@ -119,10 +127,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if let Some(cable) = self.cable.take() {
-            cable.pull.store(true, Ordering::Relaxed);
-            let _ = cable.thread.join();
-        }
+        self.unplug();
     }
 }
 
