@@ -4,7 +4,7 @@
 //! a neighbour, visit nobody twice, stay under the hop limit, and end where it was asked to.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
@@ -12,8 +12,12 @@ use qkd_keyfile::{Mono, NodeId, Now, Protocol};
 
 use crate::messages::{
     AlarmReport, Command, Destination, End, Fault, LinkReport, MAX_REPORTED_LINKS, Message,
-    NO_ROUTE, Received, RequestId, SUCCESS, receive,
+    Received, RequestId, SUCCESS, receive,
 };
+
+mod check;
+
+pub use check::{BadRoute, RouteFailure};
 
 /// Questions without an answer, and relays without a result, at most.
 const MAX_OPEN: usize = 1024;
@@ -65,60 +69,6 @@ pub enum AskError {
     /// Too many questions are open; wait for answers.
     #[error("{MAX_OPEN} questions are open")]
     Busy,
-}
-
-/// Why there is no route.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RouteFailure {
-    /// The controller says so.
-    #[error("the controller says {reason:?}")]
-    Refused {
-        /// Its reason.
-        reason: String,
-    },
-    /// The controller's answer cannot be read.
-    #[error("the controller's answer cannot be read")]
-    Malformed,
-    /// The controller's route is one that must not be taken.
-    #[error("the controller's route is not acceptable: {0}")]
-    Unacceptable(#[from] BadRoute),
-    /// There was no answer in time.
-    #[error("the controller did not answer in time")]
-    TimedOut,
-    /// The connection ended before the answer.
-    #[error("the connection to the controller ended")]
-    Lost,
-}
-
-/// What is wrong with a route.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum BadRoute {
-    /// Its first hop is none of our neighbours.
-    #[error("{node} is no neighbour")]
-    NoNeighbour {
-        /// The first hop.
-        node: NodeId,
-    },
-    /// It visits a node twice.
-    #[error("{node} is visited twice")]
-    Repeats {
-        /// The node.
-        node: NodeId,
-    },
-    /// It is too long.
-    #[error("{transit} nodes in between")]
-    TooLong {
-        /// Nodes between source and destination.
-        transit: usize,
-    },
-    /// It ends elsewhere than it was asked to.
-    #[error("it ends at {node}")]
-    WrongEnd {
-        /// Where it ends.
-        node: NodeId,
-    },
 }
 
 /// What came of something.
@@ -350,7 +300,7 @@ impl Client {
                 let Some(asked) = self.close(message_id, Command::NextHopResponse) else {
                     return;
                 };
-                match self.check_hops(&asked, &destination, next, error) {
+                match check::hops(&self.config, &asked, destination.as_ref(), next, error) {
                     Ok(next) => self.events.push_back(ClientEvent::NextHops {
                         query: QueryId(message_id),
                         destination,
@@ -373,7 +323,7 @@ impl Client {
                     }
                     return;
                 };
-                match self.check_route(&asked, &destination, &transit, error) {
+                match check::route(&self.config, &asked, &destination, &transit, error) {
                     Ok(()) => self.accept_route(message_id, destination, transit, request_id),
                     Err(failure) => {
                         if let RouteFailure::Unacceptable(bad) = &failure {
@@ -410,63 +360,6 @@ impl Client {
             return None;
         }
         self.open.remove(&message_id).map(|open| open.asked)
-    }
-
-    fn check_hops(
-        &self,
-        asked: &Asked,
-        destination: &Option<NodeId>,
-        mut next: Vec<NodeId>,
-        error: Option<String>,
-    ) -> Result<Vec<NodeId>, RouteFailure> {
-        if error.is_some() || next.is_empty() {
-            let reason = error.unwrap_or_else(|| NO_ROUTE.to_owned());
-            return Err(RouteFailure::Refused { reason });
-        }
-        // Mandatory where an application was asked for.
-        if matches!(asked, Asked::NextHops(Destination::App(_))) && destination.is_none() {
-            return Err(RouteFailure::Malformed);
-        }
-        let first = next[0].clone();
-        let mut seen = HashSet::new();
-        next.retain(|node| self.config.neighbours.contains(node) && seen.insert(node.clone()));
-        if next.is_empty() {
-            return Err(BadRoute::NoNeighbour { node: first }.into());
-        }
-        Ok(next)
-    }
-
-    fn check_route(
-        &self,
-        asked: &Asked,
-        destination: &NodeId,
-        transit: &[NodeId],
-        error: Option<String>,
-    ) -> Result<(), RouteFailure> {
-        if let Some(reason) = error {
-            return Err(RouteFailure::Refused { reason });
-        }
-        let node = destination.clone();
-        if matches!(asked, Asked::Route(Destination::Node(wanted)) if wanted != destination) {
-            return Err(BadRoute::WrongEnd { node }.into());
-        }
-        if transit.len() > self.config.max_transit {
-            let transit = transit.len();
-            return Err(BadRoute::TooLong { transit }.into());
-        }
-        let mut seen = HashSet::from([&self.config.me]);
-        for node in transit.iter().chain([destination]) {
-            if !seen.insert(node) {
-                let node = node.clone();
-                return Err(BadRoute::Repeats { node }.into());
-            }
-        }
-        let first = transit.first().unwrap_or(destination);
-        if !self.config.neighbours.contains(first) {
-            let node = first.clone();
-            return Err(BadRoute::NoNeighbour { node }.into());
-        }
-        Ok(())
     }
 
     fn accept_route(
