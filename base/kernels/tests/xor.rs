@@ -18,9 +18,10 @@ fn bytes(len: usize, seed: u64) -> Vec<u8> {
 #[test]
 fn every_backend_length_and_alignment_gives_the_same_bytes() {
     for backend in Backend::all() {
-        for offset in [0, 1, 7, 31, 33] {
-            for len in 0..=300 {
-                let (a, b, c) = (bytes(400, 1), bytes(400, 99), bytes(400, 200));
+        for offset in [0, 1, 7, 16, 31, 33, 48, 63] {
+            // From 512 on, the start is brought to a cache line first.
+            for len in (0..=300).chain(508..=520).chain(570..=580) {
+                let (a, b, c) = (bytes(700, 1), bytes(700, 99), bytes(700, 200));
                 let (a, b, c) = (&a[offset..][..len], &b[1..][..len], &c[2..][..len]);
                 let two: Vec<_> = a.iter().zip(b).map(|(a, b)| a ^ b).collect();
                 let three: Vec<_> = two.iter().zip(c).map(|(t, c)| t ^ c).collect();
