@@ -78,12 +78,12 @@ const fn place_of(offset: u64) -> usize {
     HEADER_BYTES + offset as usize
 }
 
-#[cfg(not(any(loom, miri)))]
+#[cfg(not(loom))]
 pub(super) use mapped::Memory;
-#[cfg(any(loom, miri))]
+#[cfg(loom)]
 pub(super) use modelled::Memory;
 
-#[cfg(not(any(loom, miri)))]
+#[cfg(not(loom))]
 #[allow(unsafe_code)]
 mod mapped {
     use std::num::NonZeroUsize;
@@ -227,8 +227,8 @@ mod mapped {
     }
 }
 
-/// The same words where there is no kernel to map them: under loom and Miri.
-#[cfg(any(loom, miri))]
+/// The same words where loom watches them.
+#[cfg(loom)]
 mod modelled {
     use std::os::fd::{BorrowedFd, OwnedFd};
     use std::sync::Arc;

@@ -3,7 +3,7 @@
 #[cfg(loom)]
 mod orderings;
 
-#[cfg(not(any(loom, miri)))]
+#[cfg(not(loom))]
 mod mapped {
     use std::os::fd::AsFd;
 
