@@ -39,6 +39,7 @@ mod event;
 mod outstanding;
 mod readiness;
 mod records;
+mod scratch;
 pub mod serial;
 pub mod shared_memory;
 mod source;

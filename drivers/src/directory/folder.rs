@@ -2,7 +2,7 @@
 //! functions stay in the folder that was opened and checked.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io,
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
     path::Path,
@@ -97,18 +97,13 @@ impl Folder {
         stat(path).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.device_inode)
     }
 
-    /// Calls `each` with every name in the folder, in no order.
-    pub(super) fn for_each_name(&self, mut each: impl FnMut(&OsStr)) -> nix::Result<()> {
+    /// Every name in the folder, in no order.
+    pub(super) fn names(&self) -> nix::Result<impl Iterator<Item = nix::Result<OsString>> + use<>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let mut dir = Dir::openat(&self.fd, ".", flags, Mode::empty())?;
-        for entry in dir.iter() {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name != b"." && name != b".." {
-                each(OsStr::from_bytes(name));
-            }
-        }
-        Ok(())
+        let entries = Dir::openat(&self.fd, ".", flags, Mode::empty())?.into_iter();
+        Ok(entries.map(|entry| {
+            entry.map(|entry| OsStr::from_bytes(entry.file_name().to_bytes()).to_owned())
+        }))
     }
 
     /// What stands under `name`, if anything, without following a link.

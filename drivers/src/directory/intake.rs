@@ -1,33 +1,27 @@
 //! The files of one open folder: which wait, which are outstanding, which are ignored.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     ffi::{OsStr, OsString},
     io,
     time::Duration,
 };
 
-use nix::errno::Errno;
-use qkd_handover::type7::{EPOCH_NS, HEADER_BYTES, Header, decode_key};
+use qkd_handover::type7::EPOCH_NS;
 use qkd_keyfile::{QkdKeyId, UnixTime, metadata::QkdKeyMetadata};
 use tokio::time::Instant;
-use zeroize::Zeroize;
 
 use super::{
     DirectoryConfig, Epochs,
     folder::{Folder, Identity, Kind, OpenFile},
+    names::{DONE, QUARANTINE, epoch_of, id_of, is_ours_or_temporary},
     numbering::{Numbering, Relation},
+    reading::{Look, NoEvent, kind, read_header, read_key},
 };
 use crate::{
     event::{Alarm, AlarmCode, CorruptReason, Event, KeyBlock, Severity},
     source::Settlement,
 };
-
-/// Where files go that failed a check.
-pub(super) const QUARANTINE: &str = "quarantine";
-
-/// Where settled files go if they are not deleted.
-pub(super) const DONE: &str = "done";
 
 /// Everything about one open folder.
 #[derive(Debug)]
@@ -61,34 +55,6 @@ enum Known {
     Ignored(Identity),
     /// Not whole yet, and unchanged since then.
     Growing(Identity, Instant),
-}
-
-/// Why a file gave no event.
-enum NoEvent {
-    /// There is nothing to say about it, now or later.
-    Skip,
-    /// Look at it again with the next scan.
-    Later,
-    /// It failed a check.
-    Bad(CorruptReason),
-}
-
-impl From<Errno> for NoEvent {
-    fn from(errno: Errno) -> Self {
-        match errno {
-            Errno::ENOENT => Self::Skip,
-            Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EINTR | Errno::ENODATA => {
-                Self::Later
-            }
-            _ => Self::Bad(CorruptReason::Unreadable { error: kind(errno) }),
-        }
-    }
-}
-
-impl From<CorruptReason> for NoEvent {
-    fn from(reason: CorruptReason) -> Self {
-        Self::Bad(reason)
-    }
 }
 
 impl Intake {
@@ -201,16 +167,11 @@ impl Intake {
     fn scan(&mut self) -> nix::Result<()> {
         self.candidates.clear();
         self.more_to_scan = (false, false);
-        let mut names = HashSet::new();
-        self.folder.for_each_name(|name| {
-            if !is_ours_or_temporary(name) {
-                names.insert(name.to_owned());
-            }
-        })?;
+        let is_there = |name: &OsString| !matches!(self.folder.look_at(name), Ok(None));
         self.known
-            .retain(|name, known| matches!(known, Known::Outstanding(_)) || names.contains(name));
-        for name in names {
-            self.add(name);
+            .retain(|name, known| matches!(known, Known::Outstanding(_)) || is_there(name));
+        for name in self.folder.names()? {
+            self.hint(name?);
         }
         Ok(())
     }
@@ -262,11 +223,16 @@ impl Intake {
         let Some(epoch) = candidate.epoch else {
             return self.look_at_stranger(name, config).map(|()| None);
         };
-        let file = self.folder.open_file(name)??;
         if let Some(Known::Outstanding(_)) = self.known.get(name) {
             return Err(NoEvent::Skip);
         }
-        let header = self.read_header(name, &file, config)?;
+        let file = self.folder.open_file(name)??;
+        let header = match read_header(&file, name, config.max_block_bits)? {
+            Look::Whole(header) => header,
+            Look::Partial(reason) => {
+                return Err(self.not_whole(name, file.identity, config, reason));
+            }
+        };
         if self.begins_numbering(&file, epoch, config, events)? {
             return Ok(None);
         }
@@ -303,46 +269,6 @@ impl Intake {
                 Err(self.not_whole(name, identity, config, reason))
             }
             _ => Err(NoEvent::Skip),
-        }
-    }
-
-    /// The header of a whole file.
-    fn read_header(
-        &mut self,
-        name: &OsStr,
-        file: &OpenFile,
-        config: &DirectoryConfig,
-    ) -> Result<Header, NoEvent> {
-        let have_bytes = file.identity.size_bytes;
-        let incomplete = |need_bytes| CorruptReason::Incomplete {
-            have_bytes,
-            need_bytes,
-        };
-        if have_bytes < HEADER_BYTES as u64 {
-            return Err(self.not_whole(name, file.identity, config, incomplete(HEADER_BYTES)));
-        }
-        let mut bytes = [0; HEADER_BYTES];
-        file.read_exact(&mut bytes, 0)?;
-        let header = Header::decode(&bytes).map_err(CorruptReason::from)?;
-        header
-            .check_name(&name.to_string_lossy())
-            .map_err(CorruptReason::from)?;
-        if header.key_bits > config.max_block_bits {
-            return Err(NoEvent::Bad(CorruptReason::TooManyBits {
-                key_bits: header.key_bits,
-                max_bits: config.max_block_bits,
-            }));
-        }
-        let need_bytes = header.file_bytes();
-        match have_bytes.cmp(&(need_bytes as u64)) {
-            std::cmp::Ordering::Less => {
-                Err(self.not_whole(name, file.identity, config, incomplete(need_bytes)))
-            }
-            std::cmp::Ordering::Equal => Ok(header),
-            std::cmp::Ordering::Greater => Err(NoEvent::Bad(CorruptReason::TooLong {
-                have_bytes,
-                need_bytes,
-            })),
         }
     }
 
@@ -435,59 +361,6 @@ impl Intake {
     }
 }
 
-/// Reads the words into `scratch`, the key into `out`, and wipes `scratch`.
-fn read_key(
-    file: &OpenFile,
-    header: &Header,
-    scratch: &mut [u8],
-    out: &mut [u8],
-) -> Result<(), NoEvent> {
-    let words = &mut scratch[..header.file_bytes() - HEADER_BYTES];
-    let out = &mut out[..qkd_keyfile::units::bytes_for_bits(header.key_bits)];
-    let done = read_unchanged(file, header, words, out);
-    words.zeroize();
-    if done.is_err() {
-        out.zeroize();
-    }
-    done
-}
-
-fn read_unchanged(
-    file: &OpenFile,
-    header: &Header,
-    words: &mut [u8],
-    out: &mut [u8],
-) -> Result<(), NoEvent> {
-    file.read_exact(words, HEADER_BYTES)?;
-    decode_key(header, words, out).map_err(CorruptReason::from)?;
-    if file.is_unchanged() {
-        Ok(())
-    } else {
-        Err(NoEvent::Later)
-    }
-}
-
-/// Eight lower-case hexadecimal digits.
-fn epoch_of(name: &OsStr) -> Option<u32> {
-    let text = name.to_str().filter(|text| text.len() == 8)?;
-    let lower = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    lower.then(|| u32::from_str_radix(text, 16).ok()).flatten()
-}
-
-fn id_of(name: &OsStr) -> Option<QkdKeyId> {
-    name.to_str()?.parse().ok()
-}
-
-/// Hidden files, the side folders, and what the usual writers call a file that is to be renamed.
-fn is_ours_or_temporary(name: &OsStr) -> bool {
-    let bytes = name.as_encoded_bytes();
-    bytes.starts_with(b".")
-        || bytes.ends_with(b".tmp")
-        || bytes.ends_with(b".part")
-        || name == QUARANTINE
-        || name == DONE
-}
-
 /// Extended epochs count from 1970; the time stamp is the beginning of the first.
 fn generated_at(epoch: u32) -> UnixTime {
     UnixTime((u64::from(epoch) * EPOCH_NS).cast_signed())
@@ -499,10 +372,6 @@ fn warning(code: AlarmCode) -> Event {
         _ => Severity::Warning,
     };
     Event::Alarm(Alarm { code, severity })
-}
-
-fn kind(errno: Errno) -> io::ErrorKind {
-    io::Error::from(errno).kind()
 }
 
 /// Names kept between two scans. More wait in the folder.

@@ -14,7 +14,9 @@
 
 mod folder;
 mod intake;
+mod names;
 mod numbering;
+mod reading;
 mod watch;
 
 use std::{
@@ -28,7 +30,6 @@ use qkd_handover::type7::{MAX_KEY_BITS, words_bytes};
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
 use serde::Deserialize;
 use tokio::time::{Interval, MissedTickBehavior};
-use zeroize::Zeroizing;
 
 use self::{
     folder::Folder,
@@ -38,6 +39,7 @@ use self::{
 use crate::{
     config::OpenError,
     event::{DetachReason, Event},
+    scratch::Scratch,
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
 };
@@ -148,7 +150,7 @@ pub struct DirectorySource {
     open: Option<(Intake, Watch)>,
     tick: Interval,
     /// Key words on their way; wiped after every block.
-    scratch: Zeroizing<Vec<u8>>,
+    scratch: Scratch,
     events: VecDeque<Event>,
     credit_blocks: u32,
     waiting: Waiting,
@@ -174,7 +176,7 @@ impl DirectorySource {
             events: VecDeque::from([open.0.attached(config)]),
             open: Some(open),
             tick,
-            scratch: Zeroizing::new(vec![0; words_bytes(config.max_block_bits)]),
+            scratch: Scratch::new(words_bytes(config.max_block_bits)),
             credit_blocks: 0,
             waiting: Waiting::default(),
             config: config.clone(),
@@ -272,12 +274,12 @@ impl KeySource for DirectorySource {
 }
 
 fn open_folder(config: &DirectoryConfig) -> Result<(Intake, Watch), OpenError> {
-    // The watch comes first: what is put there before the first scan is then seen by one of them.
     let folder = Folder::open(&config.path, &config.owner_uids)?;
     let watch = Watch::new(&config.path).map_err(|source| OpenError::Watch {
         path: config.path.clone(),
         source,
     })?;
+    // The first scan comes after this: what is put there in between is seen by one of the two.
     Ok((Intake::new(folder, config), watch))
 }
 

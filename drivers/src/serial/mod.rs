@@ -25,13 +25,14 @@ use qkd_handover::serial::MAX_KEY_BITS;
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
 use serde::Deserialize;
 use tokio::time::{Instant, Sleep, sleep_until};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroize;
 
 use self::{line::Line, port::Port};
 use crate::{
     config::OpenError,
     event::{DetachReason, Event},
     records::Limits,
+    scratch::Scratch,
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
 };
@@ -95,7 +96,7 @@ pub struct SerialSource {
     line: Line,
     port: Option<Port>,
     /// Bytes read and not yet decoded; wiped when used up.
-    input: Zeroizing<Box<[u8]>>,
+    input: Scratch,
     unread: Range<usize>,
     /// Credit frames on their way. Never holds key.
     output: Vec<u8>,
@@ -119,7 +120,7 @@ impl SerialSource {
         let mut source = Self {
             line: Line::new(config),
             port: None,
-            input: Zeroizing::new([0; INPUT_BYTES].into()),
+            input: Scratch::new(INPUT_BYTES),
             unread: 0..0,
             output: Vec::new(),
             alarm: Box::pin(sleep_until(Instant::now())),

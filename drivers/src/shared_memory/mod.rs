@@ -11,6 +11,8 @@
 //! it is noticed that one hangs. What a dead producer had written to the end is still read, as far
 //! as there is credit.
 
+mod numbers;
+mod ring;
 mod socket;
 
 use std::{
@@ -26,7 +28,6 @@ use std::{
 use qkd_handover::{
     block::BlockHeader,
     ring::{Consumer, MapError, ReadError as RingError, Record, greeting::Greeting},
-    status::ModuleState,
     type7,
 };
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
@@ -34,11 +35,14 @@ use serde::Deserialize;
 use tokio::time::{Instant, Sleep, sleep_until};
 use zeroize::Zeroizing;
 
-use self::socket::{Connection, Listener, is_trusted};
+use self::{
+    numbers::Numbers,
+    ring::Ring,
+    socket::{Connection, Listener, is_trusted},
+};
 use crate::{
     config::OpenError,
     event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event, Severity},
-    outstanding::Outstanding,
     records::{Limits, key_block, tell_status},
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
@@ -125,33 +129,6 @@ pub struct SharedMemorySource {
     waiting: Waiting,
 }
 
-/// A ring in use.
-#[derive(Debug)]
-struct Ring {
-    consumer: Consumer,
-    connection: Connection,
-    /// The producer is gone; what it wrote is still read.
-    closed: bool,
-    /// Reads of the empty ring before this task sleeps.
-    spins_left: u32,
-    heartbeat_ns: u64,
-    heartbeat_at: Instant,
-    state: Option<ModuleState>,
-    dropped_blocks: u64,
-}
-
-/// The numbers of the device's blocks, over all rings.
-#[derive(Debug, Default)]
-struct Numbers {
-    outstanding: Outstanding<u64>,
-    /// Highest number that was delivered.
-    delivered: Option<u64>,
-    /// Highest number up to which all are settled: what the next greeting says.
-    durable: Option<u64>,
-    /// Last number in this ring.
-    in_ring: Option<u64>,
-}
-
 impl SharedMemorySource {
     /// Makes the first ring and listens.
     ///
@@ -221,7 +198,7 @@ impl SharedMemorySource {
         });
         match greeted {
             Ok(ring) => {
-                self.numbers.in_ring = None;
+                self.numbers.begin_ring();
                 self.ring = Some(ring);
                 self.events.push_back(Event::Attached {
                     device: self.config.socket.display().to_string(),
@@ -285,7 +262,7 @@ impl SharedMemorySource {
             }
             match ring.consumer.read(out) {
                 Ok(Some(record)) => {
-                    ring.spins_left = SPINS;
+                    ring.spin();
                     records += 1;
                     let key = self.tell(&record);
                     if key.is_some() {
@@ -444,72 +421,6 @@ impl KeySource for SharedMemorySource {
     }
 }
 
-impl Ring {
-    fn new(consumer: Consumer, connection: Connection) -> Self {
-        Self {
-            consumer,
-            connection,
-            closed: false,
-            spins_left: 0,
-            heartbeat_ns: 0,
-            heartbeat_at: Instant::now(),
-            state: None,
-            dropped_blocks: 0,
-        }
-    }
-
-    /// Ready when there may be something to read again. A producer that is in the middle of a burst
-    /// is waited for shortly without asking it for a wake-up, which would cost it a system call.
-    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.spins_left > 0 {
-            self.spins_left -= 1;
-            std::hint::spin_loop();
-            return Poll::Ready(());
-        }
-        while self.consumer.prepare_wait() {
-            ready!(self.connection.poll_wakeup(cx));
-        }
-        Poll::Ready(())
-    }
-
-    /// Takes note of what the producer says of itself.
-    fn look(&mut self, events: &mut VecDeque<Event>) {
-        let status = self.consumer.producer_status();
-        if status.heartbeat_ns != self.heartbeat_ns {
-            self.heartbeat_ns = status.heartbeat_ns;
-            self.heartbeat_at = Instant::now();
-        }
-        if status.state != self.state {
-            self.state = status.state;
-            events.extend(status.state.map(Event::State));
-        }
-        let blocks = status.dropped_blocks.saturating_sub(self.dropped_blocks);
-        self.dropped_blocks = status.dropped_blocks;
-        if blocks > 0 {
-            events.push_back(Event::Gap { blocks });
-        }
-    }
-}
-
-impl Numbers {
-    /// Whether a block is to be delivered: `false` if it was, and came again in a new ring because
-    /// it had not been settled.
-    fn take(&mut self, number: u64) -> Result<bool, CorruptReason> {
-        if let Some(after) = self.in_ring.filter(|&after| number <= after) {
-            return Err(CorruptReason::Disordered { number, after });
-        }
-        self.in_ring = Some(number);
-        if let Some(durable) = self.durable.filter(|&durable| number <= durable) {
-            return Err(CorruptReason::Durable { number, durable });
-        }
-        if self.delivered.is_some_and(|delivered| number <= delivered) {
-            return Ok(false);
-        }
-        self.delivered = Some(number);
-        Ok(true)
-    }
-}
-
 fn new_ring(config: &SharedMemoryConfig, generation: u64) -> Result<(Consumer, OwnedFd), MapError> {
     let device = u128::from(config.device_id);
     Consumer::create(config.capacity_bytes, generation, device)
@@ -528,9 +439,6 @@ const BACKOFF_LAST: Duration = Duration::from_secs(5);
 /// Longest time between two looks at the producer's heartbeat.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Reads of an empty ring in the middle of a burst before this task sleeps: a microsecond or so.
-const SPINS: u32 = 100;
-
 /// Records that give no event, in one poll.
 const RECORDS_PER_POLL: u32 = 256;
 
@@ -545,30 +453,4 @@ const fn default_max_block_bits() -> u32 {
 
 const fn default_heartbeat_timeout_ms() -> u64 {
     10_000
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_number_is_delivered_once_over_all_rings() {
-        let mut numbers = Numbers::default();
-        assert_eq!(numbers.take(3), Ok(true));
-        assert_eq!(numbers.take(7), Ok(true));
-        let (number, after) = (7, 7);
-        assert_eq!(
-            numbers.take(7),
-            Err(CorruptReason::Disordered { number, after })
-        );
-        numbers.durable = Some(3);
-        numbers.in_ring = None;
-        let (number, durable) = (2, 3);
-        assert_eq!(
-            numbers.take(2),
-            Err(CorruptReason::Durable { number, durable })
-        );
-        assert_eq!(numbers.take(7), Ok(false));
-        assert_eq!(numbers.take(8), Ok(true));
-    }
 }
