@@ -6,6 +6,7 @@ mod common;
 
 use std::{
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,13 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::{sleep, timeout},
+};
+use tokio_rustls::{
+    TlsConnector,
+    rustls::{
+        ClientConfig, RootCertStore,
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    },
 };
 
 const SOON: Duration = Duration::from_millis(300);
@@ -93,7 +101,38 @@ async fn a_node_is_no_application() {
 }
 
 #[tokio::test]
-async fn a_client_without_certificate_or_without_tls_gets_nothing() {
+async fn a_client_without_certificate_or_of_another_authority_gets_nothing() {
+    let server = Server::start(config()).await;
+    let stranger = Server::start(config()).await;
+    let file = |name: &str| stranger.file(name);
+    let chain = CertificateDer::pem_file_iter(file("app-app-a.pem")).unwrap();
+    let chain = chain.collect::<Result<_, _>>().unwrap();
+    let key = PrivateKeyDer::from_pem_file(file("app-app-a.key")).unwrap();
+    let mut roots = RootCertStore::empty();
+    let authority = CertificateDer::from_pem_file(server.file("ca.pem")).unwrap();
+    roots.add(authority).unwrap();
+    let client = || ClientConfig::builder().with_root_certificates(roots.clone());
+    let without = client().with_no_client_auth();
+    let foreign = client().with_client_auth_cert(chain, key).unwrap();
+
+    for (refused, config) in (1..).zip([without, foreign]) {
+        let tcp = TcpStream::connect(server.address).await.unwrap();
+        let name = "localhost".try_into().unwrap();
+        // In TLS 1.3 a client learns only after its handshake that it was refused.
+        let mut stream = TlsConnector::from(Arc::new(config))
+            .connect(name, tcp)
+            .await
+            .unwrap();
+        let request = b"GET /api/v1/keys/app-b/enc_keys HTTP/1.1\r\nHost: x\r\n\r\n";
+        let _ = stream.write_all(request).await;
+        assert!(rest(&mut stream).await.is_empty());
+        until(&server, |counts| counts.handshakes_failed == refused).await;
+    }
+    assert!(server.stock.requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_client_without_tls_gets_nothing() {
     let server = Server::start(config()).await;
     let mut plain = TcpStream::connect(server.address).await.unwrap();
     plain
