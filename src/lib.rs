@@ -1,1 +1,11 @@
 //! QKD Bridge: configuration, wiring and command line around the stages of a key's journey.
+//!
+//! The stages are crates of their own and know nothing of each other; this one joins them into a
+//! [`node`], reads its [`config`], and holds the [`command`]s of the program. It is the only place
+//! that reads the clock, the random generator, the environment and the command line.
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod config;
+pub mod env;
+pub mod node;

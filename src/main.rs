@@ -1,3 +1,7 @@
-//! The `qkd-bridge` program.
+//! The `qkd-bridge` program; everything is in the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    qkd_bridge::command::main()
+}

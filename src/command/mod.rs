@@ -1,0 +1,175 @@
+//! The command line.
+//!
+//! Exit status: 0 when all went well, 1 when something failed, 2 when the command line or a
+//! configuration file is wrong.
+
+mod completions;
+mod config;
+mod controller;
+mod log;
+mod pki;
+mod run;
+mod status;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::config::ConfigError;
+
+/// Software between QKD hardware and the applications that need its keys.
+#[derive(Debug, Parser)]
+#[command(name = "qkd-bridge", version, about, arg_required_else_help = true)]
+pub struct Cli {
+    /// Levels of the log: error, warn, info, debug, trace, also by part (`info,qkd_kma=debug`).
+    #[arg(long, global = true, value_name = "LEVELS", env = "QKD_LOG")]
+    log: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a node.
+    #[command(after_help = "Example:\n  qkd-bridge run --config alice.toml\n\n\
+        SIGTERM and Ctrl-C stop the node; SIGHUP makes it read its certificates and log levels again.")]
+    Run {
+        /// The node's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Run a controller, which gives nodes their routes (Ck).
+    #[command(after_help = "Example:\n  qkd-bridge controller --config controller.toml")]
+    Controller {
+        /// The controller's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Make certificates for development.
+    Pki {
+        #[command(subcommand)]
+        command: pki::PkiCommand,
+    },
+    /// Look at configuration files.
+    Config {
+        #[command(subcommand)]
+        command: config::ConfigCommand,
+    },
+    /// Ask a running node how it is.
+    #[command(after_help = "Examples:\n  qkd-bridge status --config alice.toml\n  \
+        qkd-bridge status --config alice.toml --json")]
+    Status {
+        /// The node's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a script that completes this program's command line in a shell.
+    #[command(after_help = "Example:\n  \
+        qkd-bridge completions bash > /etc/bash_completion.d/qkd-bridge")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// A configuration file is wrong: exit status 2.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// `--log` or `QKD_LOG` is wrong: exit status 2.
+    #[error("log levels {levels:?}: {source}")]
+    Levels {
+        levels: String,
+        source: tracing_subscriber::filter::ParseError,
+    },
+    #[error(transparent)]
+    Node(#[from] crate::node::NodeError),
+    #[error(transparent)]
+    Pki(#[from] qkd_net::pki::PkiError),
+    #[error(transparent)]
+    Credentials(#[from] qkd_net::CredentialsError),
+    #[error("cannot listen on {address}")]
+    Listen {
+        address: String,
+        source: std::io::Error,
+    },
+    #[error("the node does not answer on {}: is it running?", socket.display())]
+    NotRunning {
+        socket: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the store failed; the node has stopped")]
+    StoreFailed,
+    #[error("the system refused")]
+    System(#[from] std::io::Error),
+}
+
+impl Failure {
+    const fn exit_status(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Levels { .. } => 2,
+            Self::Node(_)
+            | Self::Pki(_)
+            | Self::Credentials(_)
+            | Self::Listen { .. }
+            | Self::NotRunning { .. }
+            | Self::StoreFailed
+            | Self::System(_) => 1,
+        }
+    }
+}
+
+/// Runs the program and says how it went.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command.run(cli.log.as_deref()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("qkd-bridge: {}", chain(&failure));
+            ExitCode::from(failure.exit_status())
+        }
+    }
+}
+
+/// An error with all that lies behind it, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+impl Command {
+    fn run(self, levels: Option<&str>) -> Result<(), Failure> {
+        match self {
+            Self::Run { config } => run::run(&config, levels),
+            Self::Controller { config } => controller::run(&config, levels),
+            Self::Pki { command } => command.run(),
+            Self::Config { command } => command.run(),
+            Self::Status { config, json } => status::run(&config, json),
+            Self::Completions { shell } => {
+                completions::print(shell);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A runtime for nodes and controllers.
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+}

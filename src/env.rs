@@ -1,0 +1,57 @@
+//! The machine's clock and generator: the only place that reads them.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use qkd_keyfile::{Clock, Entropy, Mono, Now, UnixTime};
+
+/// The machine's clocks.
+#[derive(Debug, Clone, Copy)]
+pub struct SystemClock(Instant);
+
+impl SystemClock {
+    /// Counts monotonic time from now.
+    #[must_use]
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// The instant that a monotonic time of this clock is.
+    #[must_use]
+    pub fn instant(&self, at: Mono) -> Instant {
+        self.0 + at.0
+    }
+}
+
+impl Clock for SystemClock {
+    fn now(&self) -> Now {
+        let unix = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or(Duration::ZERO);
+        Now {
+            mono: Mono(self.0.elapsed()),
+            unix: UnixTime(i64::try_from(unix.as_nanos()).unwrap_or(i64::MAX)),
+        }
+    }
+}
+
+/// The operating system's generator.
+#[derive(Debug, Clone, Copy)]
+pub struct SystemEntropy;
+
+impl Entropy for SystemEntropy {
+    fn fill(&mut self, out: &mut [u8]) {
+        if let Err(error) = getrandom::fill(out) {
+            // Weak bytes would become keys; there is nothing to go on with.
+            tracing::error!(%error, "the system's random generator failed");
+            std::process::abort();
+        }
+    }
+}
+
+/// 16 random bytes.
+#[must_use]
+pub fn random_16() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    SystemEntropy.fill(&mut bytes);
+    bytes
+}

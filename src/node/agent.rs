@@ -1,0 +1,324 @@
+//! The KMA on a thread of its own, with everything that it is connected to.
+//!
+//! It takes what waits, up to a bound, hands it to the KMA, and commits once: one synchronisation of
+//! the disk serves all of it (group commit). What comes out of a commit is carried out at once and
+//! without waiting for anybody.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    time::Duration,
+};
+
+use qkd_keyfile::{Clock, ModulePairId, NodeId, QkdKeyName};
+use qkd_kma::{
+    Alarm, FormatTicket, FormattedSegment, Input, Kma, MASK_BITS, Output, Settlement, Status,
+    SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder, vault::VaultError,
+};
+use qkd_net::{LinkEvent, LinksHandle};
+use qkd_pipeline::{Command, CommandRefused, FormatOrder, Formatted, StageEvent, StageHandle};
+use qkd_secmem::Pool;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::env::{SystemClock, SystemEntropy};
+
+/// Inputs handled before a commit, at most.
+const BATCH_MAX: usize = 512;
+
+/// Requests that wait for the agent, at most; more are held back where they come from.
+const REQUESTS_MAX: usize = 1024;
+
+type Supplied = Result<Vec<SuppliedKey>, SupplyError>;
+
+/// What the rest of the node asks of the agent.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// An application asks for keys; the order's number is given here.
+    Supply(SupplyOrder, oneshot::Sender<Supplied>),
+    /// An application asks for keys by ID; the order's number is given here.
+    SupplyById(SupplyByIdOrder, oneshot::Sender<Supplied>),
+    /// How things are.
+    Status(oneshot::Sender<Box<Status>>),
+    /// The controller's answer.
+    Route {
+        destination: NodeId,
+        route: Option<Vec<NodeId>>,
+    },
+}
+
+/// Everything that the agent works with.
+pub(crate) struct Surroundings {
+    pub(crate) links: LinksHandle,
+    pub(crate) stage: StageHandle,
+    pub(crate) pool: Pool,
+    /// To the drivers' tasks, by module pair.
+    pub(crate) settle: BTreeMap<ModulePairId, mpsc::UnboundedSender<(QkdKeyName, Settlement)>>,
+    /// To the controller's task.
+    pub(crate) want_route: Option<mpsc::Sender<NodeId>>,
+    pub(crate) alarms: mpsc::UnboundedSender<Alarm>,
+    pub(crate) clock: SystemClock,
+}
+
+/// Where inputs come from.
+pub(crate) struct Sources {
+    pub(crate) links: mpsc::Receiver<LinkEvent>,
+    /// Bounded by the credit that the drivers have.
+    pub(crate) stage: mpsc::UnboundedReceiver<StageEvent>,
+    pub(crate) requests: mpsc::Receiver<Request>,
+    pub(crate) shutdown: watch::Receiver<bool>,
+}
+
+/// A channel for [`Sources::requests`].
+pub(crate) fn requests() -> (mpsc::Sender<Request>, mpsc::Receiver<Request>) {
+    mpsc::channel(REQUESTS_MAX)
+}
+
+/// The running agent.
+pub(crate) struct Agent {
+    kma: Kma,
+    around: Surroundings,
+    /// The connection over which a peer is talked to.
+    connections: HashMap<NodeId, u64>,
+    tickets: HashMap<u64, FormatTicket>,
+    next_ticket: u64,
+    /// Orders that the stage had no room for.
+    orders: VecDeque<Command>,
+    replies: HashMap<u64, oneshot::Sender<Supplied>>,
+    next_order: u64,
+}
+
+impl Agent {
+    pub(crate) fn new(kma: Kma, around: Surroundings) -> Self {
+        Self {
+            kma,
+            around,
+            connections: HashMap::new(),
+            tickets: HashMap::new(),
+            next_ticket: 0,
+            orders: VecDeque::new(),
+            replies: HashMap::new(),
+            next_order: 0,
+        }
+    }
+
+    /// Runs until the shutdown, or until the store fails. Blocks its thread.
+    pub(crate) fn run(mut self, mut sources: Sources) -> Result<(), VaultError> {
+        let runtime = match tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+        {
+            Ok(runtime) => runtime,
+            Err(error) => unreachable!("a runtime with a timer alone: {error}"),
+        };
+        let result = runtime.block_on(self.work(&mut sources));
+        // What waits for an answer hears that there is none; the stage wipes what it holds.
+        self.replies.clear();
+        self.around.stage.stop();
+        result
+    }
+
+    async fn work(&mut self, sources: &mut Sources) -> Result<(), VaultError> {
+        loop {
+            let timeout = self.around.clock.instant(self.kma.poll_timeout());
+            let tick = tokio::time::sleep_until(timeout.into());
+            tokio::select! {
+                () = super::until_stop(&mut sources.shutdown) => return self.commit(),
+                () = tick => self.handle(Input::Tick),
+                Some(event) = sources.stage.recv() => self.staged(event),
+                Some(request) = sources.requests.recv() => self.requested(request),
+                Some(event) = sources.links.recv() => self.linked(event),
+            }
+            for _ in 1..BATCH_MAX {
+                if let Ok(event) = sources.stage.try_recv() {
+                    self.staged(event);
+                } else if let Ok(event) = sources.links.try_recv() {
+                    self.linked(event);
+                } else if let Ok(request) = sources.requests.try_recv() {
+                    self.requested(request);
+                } else {
+                    break;
+                }
+            }
+            self.commit()?;
+        }
+    }
+
+    fn handle(&mut self, input: Input) {
+        let now = self.around.clock.now();
+        self.kma.handle(now, &mut SystemEntropy, input);
+    }
+
+    fn commit(&mut self) -> Result<(), VaultError> {
+        for output in self.kma.commit()? {
+            self.carry_out(output);
+        }
+        self.order_again();
+        Ok(())
+    }
+
+    fn linked(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up { peer, connection } => {
+                tracing::info!(%peer, "connected");
+                self.connections.insert(peer.clone(), connection);
+                self.handle(Input::PeerUp(peer));
+            }
+            LinkEvent::Down {
+                peer,
+                connection,
+                reason,
+            } => {
+                tracing::warn!(%peer, %reason, "disconnected");
+                if self.connections.get(&peer) == Some(&connection) {
+                    self.connections.remove(&peer);
+                    self.handle(Input::PeerDown(peer));
+                }
+            }
+            LinkEvent::Message {
+                peer,
+                connection,
+                bytes,
+            } => {
+                if self.connections.get(&peer) == Some(&connection) {
+                    self.handle(Input::Message { peer, bytes });
+                }
+            }
+        }
+    }
+
+    fn staged(&mut self, event: StageEvent) {
+        match event {
+            StageEvent::Held { name, key_bits, .. } => self.handle(Input::Held { name, key_bits }),
+            StageEvent::Refused { name, reason } => {
+                // Whatever waits under that name already is not this key: its block is credited,
+                // and the driver drops it.
+                tracing::warn!(qkd_key = %name, %reason, "QKD-key refused");
+                self.settle(name, Settlement::Dropped);
+            }
+            StageEvent::DroppedOldest { name } => {
+                tracing::warn!(qkd_key = %name, "QKD-key dropped: too many wait for the other end");
+                self.handle(Input::Lost(name));
+            }
+            StageEvent::Formatted { ticket, result } => {
+                let Some(ticket) = self.tickets.remove(&ticket) else {
+                    return;
+                };
+                let segment = result
+                    .map_err(|error| tracing::warn!(%error, segment = %ticket.segment, "segment not made"))
+                    .ok()
+                    .and_then(|formatted| whole(&self.around.pool, formatted));
+                self.handle(Input::Formatted { ticket, segment });
+            }
+        }
+    }
+
+    fn requested(&mut self, request: Request) {
+        match request {
+            Request::Supply(mut order, reply) => {
+                order.order = self.await_reply(reply);
+                self.handle(Input::Supply(order));
+            }
+            Request::SupplyById(mut order, reply) => {
+                order.order = self.await_reply(reply);
+                self.handle(Input::SupplyById(order));
+            }
+            Request::Status(reply) => {
+                let _ = reply.send(Box::new(self.kma.status()));
+            }
+            Request::Route { destination, route } => {
+                self.handle(Input::Route { destination, route });
+            }
+        }
+    }
+
+    fn await_reply(&mut self, reply: oneshot::Sender<Supplied>) -> u64 {
+        self.next_order += 1;
+        self.replies.insert(self.next_order, reply);
+        self.next_order
+    }
+
+    fn carry_out(&mut self, output: Output) {
+        match output {
+            Output::Send { peer, bytes } => {
+                // A message that is not sent is said again when its time comes.
+                if let Some(&connection) = self.connections.get(&peer)
+                    && let Err(error) = self.around.links.send(&peer, connection, bytes)
+                {
+                    tracing::debug!(%peer, %error, "message not sent");
+                }
+            }
+            Output::Format {
+                ticket,
+                composition,
+                unit_bytes,
+            } => {
+                self.next_ticket += 1;
+                self.tickets.insert(self.next_ticket, ticket);
+                let order = FormatOrder {
+                    composition,
+                    mask_bits: MASK_BITS,
+                    unit_bytes,
+                };
+                self.orders.push_back(Command::Format {
+                    ticket: self.next_ticket,
+                    order,
+                });
+            }
+            Output::Settle { name, outcome } => {
+                self.orders.push_back(Command::Drop { name: name.clone() });
+                self.settle(name, outcome);
+            }
+            Output::Supplied { order, result } => {
+                // An application that has gone away has its keys burned all the same.
+                if let Some(reply) = self.replies.remove(&order) {
+                    let _ = reply.send(result);
+                }
+            }
+            Output::WantRoute { destination } => {
+                if let Some(want_route) = &self.around.want_route {
+                    // A full queue means that the controller is being asked already.
+                    let _ = want_route.try_send(destination);
+                }
+            }
+            Output::Alarm(alarm) => {
+                tracing::error!(?alarm, "alarm");
+                let _ = self.around.alarms.send(alarm);
+            }
+        }
+    }
+
+    fn settle(&self, name: QkdKeyName, outcome: Settlement) {
+        if let Some(driver) = self.around.settle.get(&name.module_pair) {
+            let _ = driver.send((name, outcome));
+        }
+    }
+
+    /// Gives the stage the orders that wait, as many as it takes.
+    fn order_again(&mut self) {
+        while let Some(order) = self.orders.pop_front() {
+            match self.around.stage.send(order) {
+                Ok(()) => {}
+                Err(CommandRefused::Full(order)) => {
+                    self.orders.push_front(*order);
+                    return;
+                }
+                Err(CommandRefused::Stopped(_)) => return,
+            }
+        }
+    }
+}
+
+/// A segment in one block, its masks first.
+fn whole(pool: &Pool, formatted: Formatted) -> Option<FormattedSegment> {
+    let (mask, body) = (formatted.mask.expose(), formatted.body.expose());
+    let mut bits = pool.take(mask.len() + body.len()).ok()?;
+    let (front, back) = bits.expose_mut().split_at_mut(mask.len());
+    front.copy_from_slice(mask);
+    back.copy_from_slice(body);
+    Some(FormattedSegment {
+        bits,
+        digests: formatted.digests,
+    })
+}
+
+/// How long a stop may take.
+pub(crate) const STOP_WITHIN: Duration = Duration::from_secs(4);

@@ -1,0 +1,207 @@
+//! From drivers to the pipeline: one task per module pair.
+//!
+//! A module has credit for a fixed number of key blocks; a block gives its credit back when it is
+//! settled. So a store that is full, or a peer that is away, stops the devices and loses nothing
+//! here.
+
+use std::time::Duration;
+
+use qkd_drivers::{Event, KeyBlock, KeySource, next_event};
+use qkd_keyfile::{Generation, ModulePairId, QkdKeyName};
+use qkd_kma::Settlement;
+use qkd_pipeline::{Descriptor, PushError, Pusher};
+use qkd_secmem::{KeyBuf, Pool};
+use tokio::sync::{mpsc, watch};
+
+use super::until_stop;
+
+/// Key blocks of one module that may be on their way at a time.
+const CREDIT_BLOCKS: u32 = 32;
+
+/// Pause before something that is full is tried again.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// A module and what its blocks go through.
+pub(crate) struct Intake {
+    pub(crate) module_pair: ModulePairId,
+    pub(crate) source: Box<dyn KeySource>,
+    pub(crate) pool: Pool,
+    pub(crate) pusher: Pusher,
+    pub(crate) settled: mpsc::UnboundedReceiver<(QkdKeyName, Settlement)>,
+    pub(crate) state: watch::Sender<ModuleReport>,
+}
+
+/// What a module said last; for `status`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct ModuleReport {
+    /// Within reach.
+    pub attached: bool,
+    /// Who it says it is.
+    pub device: Option<String>,
+    /// Key blocks delivered.
+    pub blocks: u64,
+    /// Bits in them.
+    pub key_bits: u64,
+    /// Blocks that were lost on the way here, as far as numbers tell.
+    pub gap_blocks: u64,
+    /// Blocks that failed a check.
+    pub corrupt_blocks: u64,
+    /// Blocks without key.
+    pub empty_blocks: u64,
+    /// The last quantum bit error rate, in parts per million.
+    pub qber_ppm: Option<u32>,
+    /// The last key rate that the module told, in bits per second.
+    pub key_rate_bits_per_s: Option<u64>,
+}
+
+impl Intake {
+    /// Reads the module until it is gone for good or the node stops.
+    pub(crate) async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
+        self.source.grant(CREDIT_BLOCKS);
+        let mut free = None;
+        loop {
+            let Some(mut buffer) = self.buffer(free.take(), &mut shutdown).await else {
+                return;
+            };
+            let event = tokio::select! {
+                () = until_stop(&mut shutdown) => return,
+                Some((name, outcome)) = self.settled.recv() => {
+                    self.settle(&name, outcome);
+                    free = Some(buffer);
+                    continue;
+                }
+                event = next_event(&mut *self.source, buffer.expose_mut()) => event,
+            };
+            match event {
+                Ok(Event::Key(key)) => {
+                    let (descriptor, left) = self.key(key, buffer);
+                    free = left;
+                    if !self.push(descriptor, &mut shutdown).await {
+                        return;
+                    }
+                }
+                Ok(event) => {
+                    self.note(&event);
+                    free = Some(buffer);
+                }
+                Err(error) => {
+                    let module_pair = &self.module_pair;
+                    tracing::error!(%module_pair, %error, "module cannot be read");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// A block to read into: the free one, or another as soon as key memory has one.
+    async fn buffer(
+        &mut self,
+        free: Option<KeyBuf>,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> Option<KeyBuf> {
+        if free.is_some() {
+            return free;
+        }
+        loop {
+            if let Ok(buffer) = self.pool.take(self.source.max_block_bytes()) {
+                return Some(buffer);
+            }
+            tokio::select! {
+                () = until_stop(shutdown) => return None,
+                Some((name, outcome)) = self.settled.recv() => self.settle(&name, outcome),
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    /// A descriptor of the key just read, and the buffer if it is free for the next.
+    fn key(&mut self, key: KeyBlock, mut buffer: KeyBuf) -> (Descriptor, Option<KeyBuf>) {
+        let len_bytes = key.len_bytes();
+        self.state.send_modify(|state| {
+            state.attached = true;
+            state.blocks += 1;
+            state.key_bits += u64::from(key.key_bits);
+            state.qber_ppm = key.qber_ppm.or(state.qber_ppm);
+        });
+        let name = QkdKeyName {
+            module_pair: self.module_pair.clone(),
+            generation: Generation::default(),
+            id: key.metadata.qkd_key_id.clone(),
+        };
+        // A short key moves to a block of its size; one that fills its block stays.
+        let small = (len_bytes * 4 <= buffer.len_bytes())
+            .then(|| self.pool.copy_of(&buffer.expose()[..len_bytes]).ok())
+            .flatten();
+        let (block, left) = match small {
+            Some(small) => (small, Some(buffer)),
+            None => {
+                buffer.truncate(len_bytes);
+                (buffer, None)
+            }
+        };
+        let descriptor = Descriptor {
+            name,
+            key_bits: key.key_bits,
+            block,
+            metadata: key.metadata,
+        };
+        (descriptor, left)
+    }
+
+    /// Hands a block on, however long the pipeline takes; `false` if the node stops.
+    async fn push(
+        &mut self,
+        mut descriptor: Descriptor,
+        shutdown: &mut watch::Receiver<bool>,
+    ) -> bool {
+        loop {
+            descriptor = match self.pusher.push(descriptor) {
+                Ok(()) => return true,
+                Err(PushError::Stopped(_)) => return false,
+                Err(PushError::Full(descriptor)) => *descriptor,
+            };
+            tokio::select! {
+                () = until_stop(shutdown) => return false,
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    fn settle(&mut self, name: &QkdKeyName, outcome: Settlement) {
+        let outcome = match outcome {
+            Settlement::Stored => qkd_drivers::Settlement::Stored,
+            Settlement::Dropped => qkd_drivers::Settlement::Dropped,
+        };
+        self.source.settle(&name.id, outcome);
+        self.source.grant(1);
+    }
+
+    fn note(&self, event: &Event) {
+        let module_pair = &self.module_pair;
+        match event {
+            Event::Alarm(_) | Event::Corrupt { .. } | Event::Gap { .. } => {
+                tracing::warn!(%module_pair, ?event, "module");
+            }
+            Event::Metric(_) => tracing::trace!(%module_pair, ?event, "module"),
+            _ => tracing::info!(%module_pair, ?event, "module"),
+        }
+        self.state.send_modify(|state| match event {
+            Event::Attached { device, .. } => {
+                state.attached = true;
+                state.device = Some(device.clone());
+            }
+            Event::Detached { .. } => state.attached = false,
+            Event::Gap { blocks } => state.gap_blocks += blocks,
+            Event::Corrupt { .. } => state.corrupt_blocks += 1,
+            Event::Empty { .. } => state.empty_blocks += 1,
+            Event::Metric(metric) => match metric.value {
+                qkd_drivers::Value::QberPpm(ppm) => state.qber_ppm = Some(ppm),
+                qkd_drivers::Value::KeyRateBitsPerS(rate) => {
+                    state.key_rate_bits_per_s = Some(rate);
+                }
+                _ => {}
+            },
+            _ => {}
+        });
+    }
+}

@@ -1,0 +1,478 @@
+//! A running node: drivers, pipeline, KMA and KSA, joined.
+//!
+//! Everything is started here and nowhere else; the stages know nothing of one another. A node stops
+//! in the other direction: first nobody new is let in, then the agent commits what it has, then key
+//! memory is wiped as its last owner goes.
+
+mod agent;
+mod intake;
+mod status;
+mod supply;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::Arc,
+    thread,
+};
+
+use qkd_control::{ClientConfig, ControllerLink, ControllerLinkConfig, Destination};
+use qkd_kernels::Backend;
+use qkd_keyfile::NodeId;
+use qkd_kma::{
+    Kma, KmaConfig, LinkConfig, RemoteConfig,
+    store::Store,
+    vault::{self, KekSource, LmdbOptions, Vault, VaultError},
+};
+use qkd_ksa::Counters;
+use qkd_net::{
+    CredentialsError, Links, LinksConfig, Reloadable,
+    links::{LinkTiming, LinksError},
+};
+use qkd_pipeline::{Stage, StageEvent, WaitingBound, handoff, spawn};
+use qkd_secmem::{Locking, Pool, PoolConfig, PoolError};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    config::{Config, KekConfig, StoreConfig},
+    env::{SystemClock, random_16},
+};
+use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
+use intake::Intake;
+pub use intake::ModuleReport;
+pub use status::{MemoryReport, Report, StreamReport};
+use supply::NodeSupply;
+
+/// Descriptors between drivers and stage.
+const HANDOFF_CAPACITY: usize = 1024;
+
+/// QKD-keys that wait for the other end.
+const WAITING_KEYS: usize = 4096;
+
+/// Length over which unit digests are taken, in bytes.
+const DIGEST_UNIT_BYTES: u32 = 4096;
+
+/// Why a node did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// Certificates cannot be used.
+    #[error(transparent)]
+    Credentials(#[from] CredentialsError),
+    /// There is no key memory.
+    #[error(transparent)]
+    Memory(#[from] PoolError),
+    /// The store cannot be opened, or failed.
+    #[error("store")]
+    Store(#[from] VaultError),
+    /// An address cannot be bound.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The links cannot be started.
+    #[error(transparent)]
+    Links(#[from] LinksError),
+    /// A module cannot be opened.
+    #[error("module pair {module_pair}")]
+    Module {
+        /// The module pair.
+        module_pair: String,
+        /// Why, and what to do about it.
+        source: qkd_drivers::OpenError,
+    },
+    /// What applications may ask for contradicts itself.
+    #[error(transparent)]
+    Profile(#[from] qkd_ksa::ProfileError),
+    /// systemd's `$CREDENTIALS_DIRECTORY` is not set.
+    #[error("credential {name} is configured, but $CREDENTIALS_DIRECTORY is not set")]
+    NoCredentials {
+        /// The credential.
+        name: String,
+    },
+    /// The system gave no thread or socket.
+    #[error("the system refused")]
+    System(#[from] io::Error),
+}
+
+/// A node that runs.
+#[derive(Debug)]
+pub struct Node {
+    credentials: Arc<Reloadable>,
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+    links: qkd_net::LinksHandle,
+    agent: Option<thread::JoinHandle<Result<(), VaultError>>>,
+    /// Turns true when the agent has ended, whatever the reason.
+    ended: watch::Receiver<bool>,
+}
+
+impl Node {
+    /// Starts a node. Needs a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError`]: nothing goes on running.
+    pub async fn start(config: Config) -> Result<Self, NodeError> {
+        let tls = &config.tls;
+        let credentials = Arc::new(Reloadable::load(&tls.ca, &tls.certificate, &tls.key)?);
+        let pool = key_memory(&config)?;
+        let boot = random_16();
+        let store = Store::open(open_vault(&config, &pool)?, pool.clone(), boot)?;
+        let clock = SystemClock::start();
+        let kx = listen(&config.kx.listen).await?;
+        let (links, link_events) = Links::start(LinksConfig {
+            me: config.node.id.clone(),
+            listen: Some(kx),
+            peers: peers_of(&config),
+            credentials: credentials.clone(),
+            timing: LinkTiming::default(),
+            seed: u64::from_le_bytes(random_8()),
+        })?;
+
+        let (stop, shutdown) = watch::channel(false);
+        let mut tasks = JoinSet::new();
+        let (requests, request_receiver) = agent::requests();
+        let (pusher, popper) = handoff(HANDOFF_CAPACITY);
+        let (stage_events, stage_receiver) = mpsc::unbounded_channel::<StageEvent>();
+        let backend = Backend::detect();
+        let bound = WaitingBound {
+            keys: WAITING_KEYS,
+            bytes: pool.stats().capacity_bytes / 2,
+        };
+        let stage = spawn(
+            Stage::new(pool.clone(), bound, backend),
+            popper,
+            move |event| {
+                // Nobody listens only when the node is stopping.
+                let _ = stage_events.send(event);
+            },
+        )?;
+
+        let mut modules = Vec::new();
+        let mut settle = BTreeMap::new();
+        for pair in config.links.iter().flat_map(|link| &link.module_pairs) {
+            let module_pair = pair.name.get_ref().clone();
+            let source = pair.driver.open().map_err(|source| NodeError::Module {
+                module_pair: module_pair.to_string(),
+                source,
+            })?;
+            let (settle_sender, settled) = mpsc::unbounded_channel();
+            let (state, report) = watch::channel(ModuleReport::default());
+            settle.insert(module_pair.clone(), settle_sender);
+            modules.push((module_pair.to_string(), report));
+            let intake = Intake {
+                module_pair,
+                source,
+                pool: pool.clone(),
+                pusher: pusher.clone(),
+                settled,
+                state,
+            };
+            tasks.spawn(intake.run(shutdown.clone()));
+        }
+
+        let (alarms, alarm_receiver) = mpsc::unbounded_channel();
+        let want_route = start_controller_client(
+            &config,
+            &credentials,
+            clock,
+            &requests,
+            alarm_receiver,
+            &shutdown,
+            &mut tasks,
+        );
+        let around = Surroundings {
+            links: links.clone(),
+            stage,
+            pool: pool.clone(),
+            settle,
+            want_route,
+            alarms,
+            clock,
+        };
+        let sources = Sources {
+            links: link_events,
+            stage: stage_receiver,
+            requests: request_receiver,
+            shutdown: shutdown.clone(),
+        };
+        tracing::info!(node = %config.node.id, backend = backend.name(), locked = pool.stats().locked, "node starts");
+        let kma = Kma::new(kma_config(&config), store, boot, backend);
+        let agent = Agent::new(kma, around);
+        let (ended_sender, ended) = watch::channel(false);
+        let agent = thread::Builder::new()
+            .name("qkd-kma".to_owned())
+            .spawn(move || {
+                let result = agent.run(sources);
+                let _ = ended_sender.send(true);
+                result
+            })?;
+
+        let server = status::StatusServer {
+            node: config.node.id.clone(),
+            requests: requests.clone(),
+            modules,
+            pool,
+        };
+        let socket = status::bind(&config.status_socket())?;
+        tasks.spawn(server.run(socket, shutdown.clone()));
+        if let Some(supply_config) = &config.supply {
+            let listener = listen(&supply_config.listen).await?;
+            let mut ksa = qkd_ksa::Config::new(supply_config.profile()?);
+            ksa.http2 = supply_config.http2;
+            ksa.limits.drain_within = STOP_WITHIN / 2;
+            let supply = Arc::new(node_supply(&config, requests));
+            let counters = Arc::new(Counters::default());
+            let (credentials, shutdown) = (credentials.clone(), shutdown.clone());
+            tasks.spawn(qkd_ksa::serve(
+                listener,
+                credentials,
+                supply,
+                ksa,
+                counters,
+                shutdown,
+            ));
+        }
+        Ok(Self {
+            credentials,
+            stop,
+            tasks,
+            links,
+            agent: Some(agent),
+            ended,
+        })
+    }
+
+    /// Reads certificates again; connections that are open stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be used; the ones in use stay in use.
+    pub fn reload(&self) -> Result<(), CredentialsError> {
+        self.credentials.reload()
+    }
+
+    /// Waits until the agent ends by itself: its store failed.
+    pub async fn failed(&self) {
+        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+    }
+
+    /// Stops in good order.
+    ///
+    /// # Errors
+    ///
+    /// The store failed while the node ran, or at the end; everything committed before is kept.
+    ///
+    /// # Panics
+    ///
+    /// If the agent's thread has panicked.
+    pub async fn stop(mut self) -> Result<(), NodeError> {
+        let _ = self.stop.send(true);
+        let _ = tokio::time::timeout(STOP_WITHIN, async {
+            while self.tasks.join_next().await.is_some() {}
+        })
+        .await;
+        self.tasks.shutdown().await;
+        self.links.shutdown().await;
+        let Some(agent) = self.agent.take() else {
+            return Ok(());
+        };
+        match tokio::task::spawn_blocking(move || agent.join()).await {
+            Ok(Ok(result)) => Ok(result?),
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(error) => Err(NodeError::System(error.into())),
+        }
+    }
+}
+
+/// Waits until the node stops.
+async fn until_stop(shutdown: &mut watch::Receiver<bool>) {
+    let _ = shutdown.wait_for(|down| *down).await;
+}
+
+fn random_8() -> [u8; 8] {
+    let [a, b, c, d, e, f, g, h, ..] = random_16();
+    [a, b, c, d, e, f, g, h]
+}
+
+async fn listen(address: &str) -> Result<TcpListener, NodeError> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|source| NodeError::Listen {
+        address: address.to_owned(),
+        source,
+    })
+}
+
+fn key_memory(config: &Config) -> Result<Pool, PoolError> {
+    Pool::new(PoolConfig {
+        capacity_bytes: config.node.key_memory_mib << 20,
+        locking: if config.node.allow_unlocked_memory {
+            Locking::Preferred
+        } else {
+            Locking::Required
+        },
+    })
+}
+
+fn open_vault(config: &Config, pool: &Pool) -> Result<Box<dyn Vault>, NodeError> {
+    let dir = config.node.data.join("store");
+    std::fs::create_dir_all(&config.node.data)?;
+    let kek = match &config.store {
+        StoreConfig::Memory => {
+            let vault = vault::open_memory(&dir, pool.clone())?;
+            return Ok(Box::new(vault));
+        }
+        StoreConfig::Lmdb {
+            kek: KekConfig::File(path),
+            ..
+        } => KekSource::File {
+            path: path.clone(),
+            create: true,
+        },
+        StoreConfig::Lmdb {
+            kek: KekConfig::Credential(name),
+            ..
+        } => KekSource::Credential {
+            directory: std::env::var_os("CREDENTIALS_DIRECTORY")
+                .ok_or(NodeError::NoCredentials { name: name.clone() })?
+                .into(),
+            name: name.clone(),
+        },
+    };
+    let mut options = LmdbOptions::default();
+    if let StoreConfig::Lmdb { max_gib, .. } = config.store {
+        options.max_bytes = max_gib << 30;
+    }
+    Ok(Box::new(vault::open_lmdb(&dir, &kek, options)?))
+}
+
+fn peers_of(config: &Config) -> Vec<qkd_net::Peer> {
+    let peer = |peer: &crate::config::PeerConfig| qkd_net::Peer {
+        id: peer.id.get_ref().clone(),
+        address: peer.address.clone(),
+    };
+    config.peers.iter().map(peer).collect()
+}
+
+fn kma_config(config: &Config) -> KmaConfig {
+    let neighbours = config.links.iter().map(|link| {
+        let pairs = link.module_pairs.iter();
+        let entry = LinkConfig {
+            module_pairs: pairs.map(|pair| pair.name.get_ref().clone()).collect(),
+            floor_bytes: link.floor_bytes,
+            capacity_bytes: link.capacity_bytes,
+        };
+        (link.peer.get_ref().clone(), entry)
+    });
+    let remotes = config.stocks.iter().map(|stock| {
+        let entry = RemoteConfig {
+            target_bytes: stock.target_kib << 10,
+            unit_bytes: stock.unit_bytes,
+            route: stock.route.as_ref().map(|route| route.get_ref().clone()),
+        };
+        (stock.with.get_ref().clone(), entry)
+    });
+    KmaConfig {
+        node: config.node.id.clone(),
+        neighbours: neighbours.collect(),
+        remotes: remotes.collect(),
+        relay_for_others: config.node.relay_for_others,
+        digest_unit_bytes: DIGEST_UNIT_BYTES,
+    }
+}
+
+fn node_supply(config: &Config, requests: mpsc::Sender<Request>) -> NodeSupply {
+    let links = config
+        .links
+        .iter()
+        .map(|link| (link.peer.get_ref().clone(), link.capacity_bytes));
+    let stocks = config
+        .stocks
+        .iter()
+        .map(|stock| (stock.with.get_ref().clone(), stock.target_kib << 10));
+    NodeSupply {
+        me: config.node.id.clone(),
+        apps: config.app_nodes(),
+        capacity_bytes: links.chain(stocks).collect(),
+        key_bits: config
+            .supply
+            .as_ref()
+            .map_or(256, |supply| supply.key_bits.get()),
+        requests,
+    }
+}
+
+/// Connects to the controller, if there is one, and hands it questions about routes and alarms.
+fn start_controller_client(
+    config: &Config,
+    credentials: &Arc<Reloadable>,
+    clock: SystemClock,
+    requests: &mpsc::Sender<Request>,
+    mut alarms: mpsc::UnboundedReceiver<qkd_kma::Alarm>,
+    shutdown: &watch::Receiver<bool>,
+    tasks: &mut JoinSet<()>,
+) -> Option<mpsc::Sender<NodeId>> {
+    let mut stopped = shutdown.clone();
+    let Some(controller) = config.controller.clone() else {
+        // Without a controller, alarms are in the log.
+        tasks.spawn(async move {
+            tokio::select! {
+                () = until_stop(&mut stopped) => {}
+                () = async { while alarms.recv().await.is_some() {} } => {}
+            }
+        });
+        return None;
+    };
+    let neighbours: BTreeSet<NodeId> = config
+        .links
+        .iter()
+        .map(|link| link.peer.get_ref().clone())
+        .collect();
+    let me = config.node.id.clone();
+    let link = ControllerLink::start(
+        ControllerLinkConfig {
+            controller: controller.id,
+            address: controller.address,
+            credentials: credentials.clone(),
+            client: ClientConfig::new(me.clone(), neighbours),
+            seed: u64::from_le_bytes(random_8()),
+        },
+        Arc::new(clock),
+    );
+    let (want_route, mut wanted) = mpsc::channel::<NodeId>(16);
+    let requests = requests.clone();
+    tasks.spawn(async move {
+        loop {
+            tokio::select! {
+                () = until_stop(&mut stopped) => return,
+                Some(alarm) = alarms.recv() => tracing::debug!(?alarm, "alarm is in the log"),
+                Some(destination) = wanted.recv() => {
+                    let route = match link.route(Destination::Node(destination.clone())).await {
+                        Ok(route) => {
+                            let whole = std::iter::once(me.clone())
+                                .chain(route.transit)
+                                .chain([destination.clone()]);
+                            Some(whole.collect())
+                        }
+                        Err(error) => {
+                            tracing::warn!(%destination, %error, "no route");
+                            None
+                        }
+                    };
+                    if requests.send(Request::Route { destination, route }).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    });
+    Some(want_route)
+}

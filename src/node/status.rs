@@ -1,0 +1,145 @@
+//! What a running node tells its operator: one JSON document per connection to a socket in its data
+//! directory.
+
+use std::{collections::BTreeMap, fs, io, os::unix::fs::PermissionsExt, path::Path};
+
+use qkd_keyfile::NodeId;
+use qkd_kma::{Accounts, Status};
+use serde::Serialize;
+use tokio::{
+    io::AsyncWriteExt,
+    net::UnixListener,
+    sync::{mpsc, oneshot, watch},
+};
+
+use super::{agent::Request, intake::ModuleReport};
+
+/// A node's state. Quantities in bytes are usable key, in bits all of it; none is key.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The node.
+    pub node: NodeId,
+    /// The program's version.
+    pub version: &'static str,
+    /// Every other node, and whether it is connected.
+    pub peers: BTreeMap<NodeId, bool>,
+    /// Every stream of segments: links by `low--high`, end-to-end stock by `source->destination`.
+    pub streams: BTreeMap<String, StreamReport>,
+    /// Every module of this node, by module pair.
+    pub modules: BTreeMap<String, ModuleReport>,
+    /// Bindings that no destination has acknowledged.
+    pub outbox_bindings: usize,
+    /// Bound keys that wait here for their applications.
+    pub waiting_bindings: usize,
+    /// Key memory.
+    pub key_memory: MemoryReport,
+    /// Journal records that did not fit; 0.
+    pub inconsistencies: u64,
+}
+
+/// One stream.
+#[derive(Debug, Serialize)]
+pub struct StreamReport {
+    /// Bytes in stock that this node owns.
+    pub encrypting_bytes: u64,
+    /// Bytes in stock that the other end owns.
+    pub decrypting_bytes: u64,
+    /// The double entry.
+    #[serde(flatten)]
+    pub accounts: Accounts,
+    /// Bits that the double entry does not explain; 0.
+    pub imbalance_bits: i64,
+}
+
+/// Key memory.
+#[derive(Debug, Serialize)]
+pub struct MemoryReport {
+    /// Bytes in blocks that are handed out.
+    pub used_bytes: usize,
+    /// Bytes there are.
+    pub capacity_bytes: usize,
+    /// Whether they are locked.
+    pub locked: bool,
+    /// How often there was none left.
+    pub exhausted: u64,
+}
+
+/// Answers on the status socket until the node stops.
+pub(crate) struct StatusServer {
+    pub(crate) node: NodeId,
+    pub(crate) requests: mpsc::Sender<Request>,
+    pub(crate) modules: Vec<(String, watch::Receiver<ModuleReport>)>,
+    pub(crate) pool: qkd_secmem::Pool,
+}
+
+/// Binds the socket, in place of one that a killed process has left.
+pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl StatusServer {
+    pub(crate) async fn run(self, listener: UnixListener, mut shutdown: watch::Receiver<bool>) {
+        loop {
+            let accepted = tokio::select! {
+                () = super::until_stop(&mut shutdown) => return,
+                accepted = listener.accept() => accepted,
+            };
+            let Ok((mut stream, _)) = accepted else {
+                continue;
+            };
+            let Some(report) = self.report().await else {
+                return;
+            };
+            if let Ok(json) = serde_json::to_vec(&report) {
+                let sending = async {
+                    stream.write_all(&json).await?;
+                    stream.shutdown().await
+                };
+                // A reader that does not read must not keep the next one waiting.
+                let _ = tokio::time::timeout(super::agent::STOP_WITHIN, sending).await;
+            }
+        }
+    }
+
+    async fn report(&self) -> Option<Report> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Status(reply)).await.ok()?;
+        let status: Box<Status> = answer.await.ok()?;
+        let streams = status.streams.into_iter().map(|stream| {
+            let report = StreamReport {
+                encrypting_bytes: stream.encrypting_bytes,
+                decrypting_bytes: stream.decrypting_bytes,
+                accounts: stream.accounts,
+                imbalance_bits: i64::try_from(stream.imbalance_bits).unwrap_or(i64::MAX),
+            };
+            (stream.stream.to_string(), report)
+        });
+        let pool = self.pool.stats();
+        Some(Report {
+            node: self.node.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            peers: status.peers.into_iter().collect(),
+            streams: streams.collect(),
+            modules: self
+                .modules
+                .iter()
+                .map(|(name, state)| (name.clone(), state.borrow().clone()))
+                .collect(),
+            outbox_bindings: status.outbox_bindings,
+            waiting_bindings: status.waiting_bindings,
+            key_memory: MemoryReport {
+                used_bytes: pool.in_use_bytes,
+                capacity_bytes: pool.capacity_bytes,
+                locked: pool.locked,
+                exhausted: pool.exhausted,
+            },
+            inconsistencies: status.inconsistencies,
+        })
+    }
+}
