@@ -3,7 +3,10 @@
 //! LMDB commits a transaction atomically and keeps what is committed over a crash; it does not
 //! notice a damaged page, and may follow one out of its map and end the process. The seal tags
 //! outside of it turn damage into an error. Should the database be beyond reading, remove its
-//! directory (`rows`): every row is then reported missing, one by one, by who asks for it.
+//! directory (`rows`): every row is then reported missing, one by one, to who asks for it.
+//!
+//! LMDB reports a full disk as a failure like any other, after which it is not to be trusted. So
+//! space on the disk is reserved before a transaction begins, where the file system can do that.
 
 #![expect(
     unsafe_code,
@@ -11,11 +14,14 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use heed::types::Bytes;
 use heed::{CommitOrAbort, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::disk::{Directory, make_directory, sync_directory};
 use super::kek::KekSource;
@@ -56,7 +62,7 @@ pub fn open_lmdb(
     options: LmdbOptions,
 ) -> Result<SealedVault, VaultError> {
     let directory = Directory::lock(dir)?;
-    let rows_dir = directory.path().join("rows");
+    let rows_dir = directory.path().join(ROWS);
     SealedVault::open(Box::new(directory), kek, || {
         Ok(Box::new(LmdbRows::open(rows_dir, options)?))
     })
@@ -65,19 +71,22 @@ pub fn open_lmdb(
 struct LmdbRows {
     env: Env<WithoutTls>,
     max_bytes: usize,
+    /// So much of the file has its place on the disk.
+    reserved_bytes: usize,
 }
 
 impl LmdbRows {
     fn open(dir: PathBuf, options: LmdbOptions) -> Result<Self, VaultError> {
-        let io = |source| VaultError::Io {
-            file: "rows",
-            source,
-        };
+        let io = |source| VaultError::Io { file: ROWS, source };
         make_directory(&dir).map_err(io)?;
         let max_bytes = options.max_bytes.max(MIN_BYTES) / MIN_BYTES * MIN_BYTES;
         let env = open_env(&dir, max_bytes).map_err(refused)?;
         sync_directory(&dir).map_err(io)?;
-        Ok(Self { env, max_bytes })
+        Ok(Self {
+            env,
+            max_bytes,
+            reserved_bytes: 0,
+        })
     }
 
     fn reading(
@@ -116,6 +125,43 @@ impl LmdbRows {
         }
     }
 
+    /// Sees to disk space for `puts`, as if no page of the file were free.
+    fn reserve(&mut self, puts: &BTreeMap<RowId, Vec<u8>>) -> Result<(), VaultError> {
+        let (page_bytes, used) = self.pages();
+        let put_bytes: usize = puts.values().map(Vec::len).sum();
+        let wanted = wanted_pages(puts.len(), put_bytes, page_bytes);
+        let last = self.env.info().last_page_number;
+        let end = ((last + 1 + wanted) * page_bytes).min(self.max_bytes);
+        if end <= self.reserved_bytes {
+            return Ok(());
+        }
+        let file = self.env.try_clone_inner_file().map_err(refused)?;
+        let ahead = end.next_multiple_of(RESERVED_AT_ONCE).min(self.max_bytes);
+        let reserved = reserve_bytes(&file, ahead).or_else(|_| reserve_bytes(&file, end));
+        match reserved {
+            Ok(bytes) => self.reserved_bytes = bytes,
+            Err(Errno::ENOSPC | Errno::EDQUOT) => {
+                let free = (last + 1).saturating_sub(used);
+                if !puts.is_empty() && free < 2 * wanted {
+                    return Err(VaultError::Io {
+                        file: ROWS,
+                        source: io::ErrorKind::StorageFull.into(),
+                    });
+                }
+            }
+            // Not every file system can.
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Size of a page, and how many hold rows.
+    fn pages(&self) -> (usize, usize) {
+        let stat = self.env.unnamed_database_stat();
+        let used = stat.branch_pages + stat.leaf_pages + stat.overflow_pages;
+        ((stat.page_size as usize).max(1), used)
+    }
+
     fn store(
         &self,
         puts: &BTreeMap<RowId, Vec<u8>>,
@@ -140,26 +186,29 @@ const TOUCH_KEY: &[u8] = b"touch";
 
 const MIN_BYTES: usize = 1 << 20;
 
+const RESERVED_AT_ONCE: usize = 4 << 20;
+
+const ROWS: &str = "rows";
+
 /// Big-endian, so that rows lie in the order in which they were put.
 const fn key_of(row: RowId) -> [u8; 8] {
     row.0.to_be_bytes()
 }
 
-/// The whole of the disk is an outcome that is known; all else is not.
-fn refused(error: heed::Error) -> VaultError {
-    let full = match &error {
-        heed::Error::Io(source) => source.kind() == io::ErrorKind::StorageFull,
-        heed::Error::Mdb(MdbError::Other(code)) => {
-            io::Error::from_raw_os_error(*code).kind() == io::ErrorKind::StorageFull
-        }
-        _ => false,
-    };
-    if full {
-        return VaultError::Io {
-            file: "rows",
-            source: io::ErrorKind::StorageFull.into(),
-        };
-    }
+/// Pages that rows may need: the last page of each is full in part only, the first has a header,
+/// and the tree above them grows.
+fn wanted_pages(rows: usize, len_bytes: usize, page_bytes: usize) -> usize {
+    len_bytes.div_ceil(page_bytes) + 2 * rows + 16
+}
+
+/// Changes neither the bytes of the file nor its length.
+fn reserve_bytes(file: &File, bytes: usize) -> Result<usize, Errno> {
+    let len = i64::try_from(bytes).unwrap_or(i64::MAX);
+    fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, len)?;
+    Ok(bytes)
+}
+
+const fn refused(error: heed::Error) -> VaultError {
     VaultError::Database(error)
 }
 
@@ -180,13 +229,9 @@ impl Rows for LmdbRows {
 
     /// A part is kept free, for deleting needs pages too.
     fn check_room(&self, rows: usize, len_bytes: usize) -> Result<(), VaultError> {
-        let stat = self.env.unnamed_database_stat();
-        let page_bytes = (stat.page_size as usize).max(1);
-        let used = stat.branch_pages + stat.leaf_pages + stat.overflow_pages;
-        // The last page of each row is full in part only, and has a header.
-        let wanted = used + 2 * rows + len_bytes.div_ceil(page_bytes);
+        let (page_bytes, used) = self.pages();
         let pages = self.max_bytes / page_bytes;
-        if wanted > pages - pages / 8 {
+        if used + wanted_pages(rows, len_bytes, page_bytes) > pages - pages / 8 {
             return Err(VaultError::Full {
                 max_bytes: self.max_bytes,
             });
@@ -208,6 +253,7 @@ impl Rows for LmdbRows {
         puts: &BTreeMap<RowId, Vec<u8>>,
         deletes: &BTreeSet<RowId>,
     ) -> Result<(), VaultError> {
+        self.reserve(puts)?;
         match self.store(puts, deletes) {
             // LMDB reuses pages two transactions after they became free.
             Err(VaultError::Full { .. }) => {
