@@ -4,7 +4,7 @@
 //! write at any time, and a reference would promise that nobody does.
 
 use super::{
-    HEADER_BYTES, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES,
+    MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES,
     sync::{AtomicU64, Ordering},
 };
 
@@ -38,44 +38,56 @@ pub enum MapError {
 impl Memory {
     /// Copies `out.len()` bytes from the ring, starting at `position`, a multiple of 8.
     pub(super) fn copy_out(&self, capacity: usize, position: u64, out: &mut [u8]) {
-        for (place, bytes) in self.places(capacity, position).zip(out.chunks_mut(8)) {
-            // ORDERING: Relaxed; the caller loaded the write position with Acquire.
-            let word = self.word(place).load(Ordering::Relaxed).to_le_bytes();
-            bytes.copy_from_slice(&word[..bytes.len()]);
+        let runs = self.runs(capacity, position, out.len().div_ceil(8));
+        let (front, back) = out.split_at_mut(out.len().min(8 * runs[0].len()));
+        for (words, bytes) in runs.into_iter().zip([front, back]) {
+            for (word, bytes) in words.iter().zip(bytes.chunks_mut(8)) {
+                // ORDERING: Relaxed; the caller loaded the write position with Acquire.
+                let word = word.load(Ordering::Relaxed).to_le_bytes();
+                bytes.copy_from_slice(&word[..bytes.len()]);
+            }
         }
     }
 
     /// Copies `bytes` into the ring, starting at `position`, a multiple of 8; what is left of the
     /// last word becomes zero.
     pub(super) fn copy_in(&self, capacity: usize, position: u64, bytes: &[u8]) {
-        for (place, bytes) in self.places(capacity, position).zip(bytes.chunks(8)) {
-            let mut word = [0; 8];
-            word[..bytes.len()].copy_from_slice(bytes);
-            // ORDERING: Relaxed; the caller stores the write position with Release.
-            self.word(place)
-                .store(u64::from_le_bytes(word), Ordering::Relaxed);
+        let runs = self.runs(capacity, position, bytes.len().div_ceil(8));
+        let (front, back) = bytes.split_at(bytes.len().min(8 * runs[0].len()));
+        for (words, bytes) in runs.into_iter().zip([front, back]) {
+            for (word, bytes) in words.iter().zip(bytes.chunks(8)) {
+                let mut value = [0; 8];
+                value[..bytes.len()].copy_from_slice(bytes);
+                // ORDERING: Relaxed; the caller stores the write position with Release.
+                word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+            }
         }
     }
 
     /// Makes `len_bytes` of the ring zero, starting at `position`, both multiples of 8.
     pub(super) fn wipe(&self, capacity: usize, position: u64, len_bytes: usize) {
-        for place in self.places(capacity, position).take(len_bytes / 8) {
-            // ORDERING: Relaxed; the caller stores the read position with Release.
-            self.word(place).store(0, Ordering::Relaxed);
+        for words in self.runs(capacity, position, len_bytes / 8) {
+            for word in words {
+                // ORDERING: Relaxed; the caller stores the read position with Release.
+                word.store(0, Ordering::Relaxed);
+            }
         }
     }
 
-    /// Places of the words from `position` on, around the ring without end.
-    fn places(&self, capacity: usize, position: u64) -> impl Iterator<Item = usize> {
-        let mask = capacity as u64 - 1;
-        (0_u64..).map(move |i| place_of(position.wrapping_add(8 * i) & mask))
+    /// The words from `position` on, around the ring: up to its end, and from its beginning. There
+    /// are at most as many as the ring has.
+    fn runs(&self, capacity: usize, position: u64, words: usize) -> [&[AtomicU64]; 2] {
+        let all = self.data(capacity / 8);
+        let (front, back) = all.split_at(place(position, capacity) / 8);
+        let first = words.min(back.len());
+        [&back[..first], &front[..words - first]]
     }
 }
 
-/// A place in the data, which is below the capacity and so fits.
+/// Where a position is in the data.
 #[expect(clippy::cast_possible_truncation, reason = "below the capacity")]
-const fn place_of(offset: u64) -> usize {
-    HEADER_BYTES + offset as usize
+const fn place(position: u64, capacity: usize) -> usize {
+    (position & (capacity as u64 - 1)) as usize
 }
 
 #[cfg(not(loom))]
@@ -101,7 +113,7 @@ mod mapped {
         unistd::ftruncate,
     };
 
-    use super::{AtomicU64, HEADER_BYTES, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, MapError};
+    use super::{super::HEADER_BYTES, AtomicU64, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, MapError};
 
     /// A shared mapping of a memfd that cannot shrink.
     pub(in super::super) struct Memory {
@@ -159,22 +171,29 @@ mod mapped {
             Ok((memory, capacity_bytes))
         }
 
-        /// The word at `offset_bytes`, a multiple of 8.
+        /// The header's word at `offset_bytes`, a multiple of 8.
         pub(in super::super) fn word(&self, offset_bytes: usize) -> &AtomicU64 {
-            assert!(offset_bytes < self.len_bytes.get() && offset_bytes.is_multiple_of(8));
+            assert!(offset_bytes.is_multiple_of(8));
+            &self.words()[..HEADER_BYTES / 8][offset_bytes / 8]
+        }
+
+        /// The data, all of its `words`.
+        pub(in super::super) fn data(&self, words: usize) -> &[AtomicU64] {
+            &self.words()[HEADER_BYTES / 8..][..words]
+        }
+
+        fn words(&self) -> &[AtomicU64] {
+            let words = self.len_bytes.get() / 8;
             // SAFETY:
-            // - The sum stays inside one mapping: `offset_bytes < len_bytes`, which is far below
-            //   `isize::MAX`.
-            let word = unsafe { self.base.add(offset_bytes) }.cast::<u64>();
-            // SAFETY:
-            // - `word` is aligned: the mapping begins at a page, the offset is a multiple of 8.
-            // - It is valid for reads and writes of 8 bytes for as long as `self`: the length of
-            //   the mapping is a multiple of 8, it is read-write, and the seals, checked in
-            //   `open`, keep the file behind it from shrinking.
+            // - The pointer is aligned: the mapping begins at a page.
+            // - It is valid for reads and writes of `words * 8` bytes, which are one mapping, for
+            //   as long as `self`: the mapping is read-write, and the seals, checked in `open`,
+            //   keep the file behind it from shrinking. They are far fewer than `isize::MAX`.
+            // - Every bit pattern is an `AtomicU64`, and the kernel gives initialised pages.
             // - All accesses in this process are atomic and of this size: they all come through
-            //   here. Another process cannot break the rules of this one's memory; to it the word
+            //   here. Another process cannot break the rules of this one's memory; to it a word
             //   is a word that may change at any time, which is what an atomic is.
-            unsafe { AtomicU64::from_ptr(word.as_ptr()) }
+            unsafe { std::slice::from_raw_parts(self.base.cast().as_ptr(), words) }
         }
 
         /// Keeps key out of core dumps, and out of swap where the lock limit allows.
@@ -233,7 +252,7 @@ mod modelled {
     use std::os::fd::{BorrowedFd, OwnedFd};
     use std::sync::Arc;
 
-    use super::{super::at, AtomicU64, HEADER_BYTES, MapError};
+    use super::{super::at, AtomicU64, MapError};
 
     #[derive(Clone)]
     pub(in super::super) struct Memory {
@@ -252,10 +271,11 @@ mod modelled {
 
         pub(in super::super) fn word(&self, offset_bytes: usize) -> &AtomicU64 {
             assert!(offset_bytes.is_multiple_of(8));
-            match offset_bytes.checked_sub(HEADER_BYTES) {
-                Some(offset_bytes) => &self.data[offset_bytes / 8],
-                None => &self.header[offset_bytes / 8],
-            }
+            &self.header[offset_bytes / 8]
+        }
+
+        pub(in super::super) fn data(&self, words: usize) -> &[AtomicU64] {
+            &self.data[..words]
         }
 
         pub(in super::super) fn create(_: usize) -> Result<(Self, OwnedFd), MapError> {

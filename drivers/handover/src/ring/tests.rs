@@ -39,12 +39,19 @@ mod mapped {
         }
     }
 
+    fn word(memory: &Memory, offset: usize) -> &sync::AtomicU64 {
+        match offset.checked_sub(HEADER_BYTES) {
+            None => memory.word(offset),
+            Some(offset) => &memory.data(CAPACITY / 8)[offset / 8],
+        }
+    }
+
     fn set(memory: &Memory, offset: usize, value: u64) {
-        memory.word(offset).store(value, sync::Ordering::SeqCst);
+        word(memory, offset).store(value, sync::Ordering::SeqCst);
     }
 
     fn get(memory: &Memory, offset: usize) -> u64 {
-        memory.word(offset).load(sync::Ordering::SeqCst)
+        word(memory, offset).load(sync::Ordering::SeqCst)
     }
 
     #[test]
