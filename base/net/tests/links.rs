@@ -339,3 +339,14 @@ async fn dropping_the_last_handle_closes_the_links() {
     ));
     assert!(timeout(PATIENCE, a.events.recv()).await.unwrap().is_none());
 }
+
+#[tokio::test]
+async fn a_node_that_is_not_let_in_is_never_up() {
+    let dir = authority();
+    let (listen, address) = listener().await;
+    let b = End::start(dir.path(), "b", Some(listen), &[], timing());
+    let mut a = End::start(dir.path(), "a", None, &[("b", &address)], timing());
+    until(|| b.handle.counters().refused >= 3 && a.handle.counters().failed_dials >= 2).await;
+    assert!(a.events.try_recv().is_err());
+    assert_eq!(a.handle.status()[0].connection, None);
+}
