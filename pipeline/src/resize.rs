@@ -65,8 +65,7 @@ impl std::fmt::Debug for Bits<'_> {
     }
 }
 
-/// Joins `pieces`, skips the first `skip_bits` and copies up to `take_bits` more to the front of
-/// `out`; returns how many were copied.
+/// Joins `pieces` and copies up to `take_bits` to the front of `out`; returns how many were copied.
 ///
 /// The bits of `out` past the copied ones stay as they were.
 ///
@@ -75,15 +74,13 @@ impl std::fmt::Debug for Bits<'_> {
 /// [`BitRangeError`]: `out` is shorter than `take_bits`. Nothing was copied.
 pub fn gather<'a>(
     pieces: impl IntoIterator<Item = Bits<'a>>,
-    skip_bits: usize,
     take_bits: usize,
     out: &mut [u8],
 ) -> Result<usize, BitRangeError> {
     check(out.len(), 0, take_bits)?;
-    let (mut to_skip, mut copied) = (skip_bits, 0);
+    let mut copied = 0;
     for piece in pieces {
-        let part = piece.part(to_skip, take_bits - copied);
-        to_skip = to_skip.saturating_sub(piece.len_bits);
+        let part = piece.part(0, take_bits - copied);
         copy_checked(part, out, copied);
         copied += part.len_bits;
     }
@@ -224,20 +221,19 @@ mod tests {
         #[test]
         fn gathering_loses_and_invents_no_bit(
             runs in prop::collection::vec(run_and_place(), 0..6),
-            skip in 0_usize..300,
             take in 0_usize..900,
         ) {
             let mut joined = Vec::new();
             for (from, offset, len, ..) in &runs {
                 joined.extend((0..*len).map(|i| bit(from, offset + i)));
             }
-            let expected: Vec<bool> = joined.into_iter().skip(skip).take(take).collect();
+            let expected: Vec<bool> = joined.into_iter().take(take).collect();
 
             let pieces = runs
                 .iter()
                 .map(|(from, offset, len, ..)| Bits::new(from, *offset, *len).unwrap());
             let mut out = vec![0; take.div_ceil(8)];
-            let copied = gather(pieces, skip, take, &mut out).unwrap();
+            let copied = gather(pieces, take, &mut out).unwrap();
 
             prop_assert_eq!(copied, expected.len());
             let got: Vec<bool> = (0..copied).map(|at| bit(&out, at)).collect();
@@ -276,7 +272,7 @@ mod tests {
         let run = Bits::new(&[0xff; 2], 0, 16).unwrap();
         let mut out = [0; 2];
         assert!(copy_bits(run, &mut out, 1).is_err());
-        assert!(gather([run], 0, 17, &mut out).is_err());
+        assert!(gather([run], 17, &mut out).is_err());
         assert_eq!(out, [0; 2]);
     }
 

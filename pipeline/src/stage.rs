@@ -1,7 +1,7 @@
 //! The stage: it keeps QKD-keys until their plan comes, cuts the segment and hashes its units.
 
 use qkd_kernels::Backend;
-use qkd_keyfile::{Composition, QkdKeyId, QkdKeyName, address::Piece, units::bytes_for_bits};
+use qkd_keyfile::{Composition, Piece, QkdKeyId, QkdKeyName};
 use qkd_secmem::{KeyBuf, MAX_BLOCK_BYTES, Pool, PoolExhausted};
 
 use crate::{
@@ -15,9 +15,9 @@ use crate::{
 pub struct FormatOrder {
     /// The pieces, in order.
     pub composition: Composition,
-    /// Bits at the front of the segment that mask the comparison tags: 256 for the two of key
+    /// Bytes at the front of the segment that mask the comparison tags: 32 for the two of key
     /// synchronisation. They are in no unit and are not hashed.
-    pub mask_bits: u32,
+    pub mask_bytes: u32,
     /// Length of a unit, in bytes.
     pub unit_bytes: u32,
 }
@@ -25,13 +25,11 @@ pub struct FormatOrder {
 /// A segment that is cut and hashed.
 #[derive(Debug)]
 pub struct Formatted {
-    /// The first [`FormatOrder::mask_bits`] bits of the segment; spare bits of the last byte are 0.
-    pub mask: KeyBuf,
-    /// The bits after the mask, as many as make whole bytes.
-    pub body: KeyBuf,
-    /// The bits after the body, 0 to 7, that make no byte: dropped.
+    /// The bits of the segment, as many as make whole bytes: the mask, then the units.
+    pub segment: KeyBuf,
+    /// The last bits, 0 to 7, that make no byte: dropped.
     pub spare_bits: u8,
-    /// SHA-256 of every unit of the body. A shorter remainder is a unit of its own.
+    /// SHA-256 of every unit after the mask. A shorter remainder is a unit of its own.
     ///
     /// They tell something about key bits: they never leave the node bare.
     pub digests: Vec<[u8; 32]>,
@@ -68,24 +66,24 @@ pub enum FormatError {
         bit: u32,
     },
     /// The segment has no whole byte after its mask.
-    #[error("{segment_bits} bits leave no byte after a mask of {mask_bits} bits")]
+    #[error("{segment_bits} bits leave no byte after a mask of {mask_bytes} bytes")]
     TooShort {
         /// Bits of all pieces.
         segment_bits: u32,
-        /// Bits of the mask.
-        mask_bits: u32,
+        /// Bytes of the mask.
+        mask_bytes: u32,
     },
-    /// Mask or body exceed [`MAX_BLOCK_BYTES`].
+    /// The segment exceeds [`MAX_BLOCK_BYTES`].
     #[error("a segment of {segment_bits} bits is too long for a block of key memory")]
     TooLong {
         /// Bits of all pieces; `u64` because their sum may exceed what a plan can say.
         segment_bits: u64,
     },
-    /// A mask of no bits or units of no bytes: such a segment could not be compared.
-    #[error("mask of {mask_bits} bits, units of {unit_bytes} bytes: neither may be zero")]
+    /// A mask or units of no bytes: such a segment could not be compared.
+    #[error("mask of {mask_bytes} bytes, units of {unit_bytes} bytes: neither may be zero")]
     EmptyMaskOrUnit {
-        /// [`FormatOrder::mask_bits`].
-        mask_bits: u32,
+        /// [`FormatOrder::mask_bytes`].
+        mask_bytes: u32,
         /// [`FormatOrder::unit_bytes`].
         unit_bytes: u32,
     },
@@ -140,20 +138,17 @@ impl Stage {
             .collect::<Result<Vec<_>, _>>()?;
         no_overlap(&names, pieces)?;
 
-        let mut mask = self.pool.take(bytes_for_bits(cut.mask_bits))?;
-        let mut body = self.pool.take(cut.body_bytes)?;
-        let (mask_bits, body_bits) = (cut.mask_bits as usize, cut.body_bytes * 8);
-        let room = |_: BitRangeError| unreachable!("both blocks were taken in the cut's lengths");
-        gather(runs.iter().copied(), 0, mask_bits, mask.expose_mut()).unwrap_or_else(room);
-        gather(runs, mask_bits, body_bits, body.expose_mut()).unwrap_or_else(room);
+        let mut segment = self.pool.take(cut.segment_bytes)?;
+        let room = |_: BitRangeError| unreachable!("the block was taken in the cut's length");
+        gather(runs, cut.segment_bytes * 8, segment.expose_mut()).unwrap_or_else(room);
 
-        let digests = self.digests(body.expose(), order.unit_bytes as usize);
+        let units = &segment.expose()[order.mask_bytes as usize..];
+        let digests = self.digests(units, order.unit_bytes as usize);
         for piece in pieces {
             self.waiting.plan(&names.of(&piece.qkd_key));
         }
         Ok(Formatted {
-            mask,
-            body,
+            segment,
             spare_bits: cut.spare_bits,
             digests,
         })
@@ -171,10 +166,10 @@ impl Stage {
     }
 
     /// One digest per unit; a shorter remainder is a unit of its own.
-    fn digests(&self, body: &[u8], unit_bytes: usize) -> Vec<[u8; 32]> {
-        let mut digests = vec![[0; 32]; body.len().div_ceil(unit_bytes)];
-        let whole_units = body.len() / unit_bytes;
-        let (whole, remainder) = body.split_at(whole_units * unit_bytes);
+    fn digests(&self, units: &[u8], unit_bytes: usize) -> Vec<[u8; 32]> {
+        let mut digests = vec![[0; 32]; units.len().div_ceil(unit_bytes)];
+        let whole_units = units.len() / unit_bytes;
+        let (whole, remainder) = units.split_at(whole_units * unit_bytes);
         let (of_whole, of_remainder) = digests.split_at_mut(whole_units);
         self.backend.sha256_units(whole, unit_bytes, of_whole);
         if !remainder.is_empty() {
@@ -206,17 +201,16 @@ impl Stage {
 
 /// Where a segment is cut.
 struct Cut {
-    mask_bits: u32,
-    body_bytes: usize,
+    segment_bytes: usize,
     spare_bits: u8,
 }
 
 impl Cut {
     fn of(order: &FormatOrder) -> Result<Self, FormatError> {
-        let (mask_bits, unit_bytes) = (order.mask_bits, order.unit_bytes);
-        if mask_bits == 0 || unit_bytes == 0 {
+        let (mask_bytes, unit_bytes) = (order.mask_bytes, order.unit_bytes);
+        if mask_bytes == 0 || unit_bytes == 0 {
             return Err(FormatError::EmptyMaskOrUnit {
-                mask_bits,
+                mask_bytes,
                 unit_bytes,
             });
         }
@@ -231,22 +225,19 @@ impl Cut {
         let Some(segment_bits) = order.composition.len_bits() else {
             return Err(too_long);
         };
-        let body_bits = segment_bits.saturating_sub(mask_bits);
-        let body_bytes = (body_bits / 8) as usize;
-        if body_bytes == 0 {
+        let segment_bytes = (segment_bits / 8) as usize;
+        if segment_bytes <= mask_bytes as usize {
             return Err(FormatError::TooShort {
                 segment_bits,
-                mask_bits,
+                mask_bytes,
             });
         }
-        if body_bytes.max(bytes_for_bits(mask_bits)) > MAX_BLOCK_BYTES {
+        if segment_bytes > MAX_BLOCK_BYTES {
             return Err(too_long);
         }
-        let spare_bits = body_bits.to_le_bytes()[0] % 8;
         Ok(Self {
-            mask_bits,
-            body_bytes,
-            spare_bits,
+            segment_bytes,
+            spare_bits: segment_bits.to_le_bytes()[0] % 8,
         })
     }
 }

@@ -41,12 +41,11 @@ fn a_segment_is_mask_then_body_then_one_digest_per_unit() {
     dropped(stage.hold(key(&pool, "k1", &one)));
     dropped(stage.hold(key(&pool, "k2", &two)));
 
-    let plan = order(&[("k2", 0, 480), ("k1", 0, 800)], 256, 50);
+    let plan = order(&[("k2", 0, 480), ("k1", 0, 800)], 32, 50);
     let made = stage.format(&plan).unwrap();
 
     let segment = [two, one].concat();
-    assert_eq!(made.mask.expose(), &segment[..32]);
-    assert_eq!(made.body.expose(), &segment[32..]);
+    assert_eq!(made.segment.expose(), &segment);
     assert_eq!(made.spare_bits, 0);
     let expected: Vec<_> = segment[32..].chunks(50).map(sha256).collect();
     assert_eq!(made.digests, expected, "50 + 50 + 28 bytes");
@@ -57,12 +56,16 @@ fn pieces_start_and_end_at_any_bit() {
     let pool = pool();
     let mut stage = stage(&pool, ROOMY);
     dropped(stage.hold(key(&pool, "k1", &[0b1010_1100, 0b0101_0011, 0xff])));
-    let plan = order(&[("k1", 3, 12), ("k1", 16, 8)], 3, 1);
+    let plan = order(&[("k1", 3, 12), ("k1", 16, 8)], 1, 1);
     let made = stage.format(&plan).unwrap();
-    // Bits 3..15 are 011 0 0010 1001: the mask is 011, the body starts with the other nine.
-    assert_eq!(made.mask.expose(), &[0b0110_0000]);
-    assert_eq!(made.body.expose(), &[0b0001_0100, 0b1111_1111]);
-    assert_eq!(made.spare_bits, 1);
+    // Bits 3..15 are 0110 0010 1001, then eight ones: two bytes and four spare bits.
+    assert_eq!(made.segment.expose(), &[0b0110_0010, 0b1001_1111]);
+    assert_eq!(made.spare_bits, 4);
+    assert_eq!(
+        made.digests,
+        [sha256(&[0b1001_1111])],
+        "the mask is not hashed"
+    );
 }
 
 #[test]
@@ -73,7 +76,7 @@ fn a_key_whose_bits_end_inside_a_byte_gives_no_bit_more() {
     odd.key_bits = 29;
     dropped(stage.hold(odd));
     assert_eq!(
-        stage.format(&order(&[("k1", 0, 30)], 8, 1)).unwrap_err(),
+        stage.format(&order(&[("k1", 0, 30)], 1, 1)).unwrap_err(),
         FormatError::OutsideKey {
             name: name("k1"),
             offset_bits: 0,
@@ -81,8 +84,8 @@ fn a_key_whose_bits_end_inside_a_byte_gives_no_bit_more() {
             key_bits: 29
         }
     );
-    let made = stage.format(&order(&[("k1", 0, 29)], 8, 1)).unwrap();
-    assert_eq!((made.body.len_bytes(), made.spare_bits), (2, 5));
+    let made = stage.format(&order(&[("k1", 0, 29)], 1, 1)).unwrap();
+    assert_eq!((made.segment.len_bytes(), made.spare_bits), (3, 5));
 }
 
 #[test]
@@ -93,47 +96,43 @@ fn plans_that_cannot_be_met_are_refused_and_consume_nothing() {
     dropped(stage.hold(key(&pool, "k1", &noise(64, 1))));
     let before = pool.stats().in_use_bytes;
 
-    let far = order(&[("k1", u32::MAX, u32::MAX)], 256, 32);
+    let far = order(&[("k1", u32::MAX, u32::MAX)], 32, 32);
     assert!(matches!(
         stage.format(&far),
         Err(FormatError::TooLong { .. })
     ));
-    let far = order(&[("k1", u32::MAX, 300)], 256, 32);
+    let far = order(&[("k1", u32::MAX, 300)], 32, 32);
     assert!(matches!(
         stage.format(&far),
         Err(FormatError::OutsideKey { .. })
     ));
     assert_eq!(
-        stage
-            .format(&order(&[("k2", 0, 512)], 256, 32))
-            .unwrap_err(),
+        stage.format(&order(&[("k2", 0, 512)], 32, 32)).unwrap_err(),
         FormatError::UnknownQkdKey { name: name("k2") }
     );
     assert_eq!(
-        stage
-            .format(&order(&[("k1", 0, 263)], 256, 32))
-            .unwrap_err(),
+        stage.format(&order(&[("k1", 0, 263)], 32, 32)).unwrap_err(),
         FormatError::TooShort {
             segment_bits: 263,
-            mask_bits: 256
+            mask_bytes: 32
         }
     );
     assert!(matches!(
-        stage.format(&order(&[], 256, 32)),
+        stage.format(&order(&[], 32, 32)),
         Err(FormatError::TooShort { .. })
     ));
-    for (mask_bits, unit_bytes) in [(0, 32), (256, 0)] {
+    for (mask_bytes, unit_bytes) in [(0, 32), (32, 0)] {
         assert_eq!(
             stage
-                .format(&order(&[("k1", 0, 512)], mask_bits, unit_bytes))
+                .format(&order(&[("k1", 0, 512)], mask_bytes, unit_bytes))
                 .unwrap_err(),
             FormatError::EmptyMaskOrUnit {
-                mask_bits,
+                mask_bytes,
                 unit_bytes
             }
         );
     }
-    let mut other_generation = order(&[("k1", 0, 512)], 256, 32);
+    let mut other_generation = order(&[("k1", 0, 512)], 32, 32);
     other_generation.composition.generation = Generation(1);
     assert!(matches!(
         stage.format(&other_generation),
@@ -151,7 +150,7 @@ fn no_bit_is_in_a_segment_twice() {
     let pool = pool();
     let mut stage = stage(&pool, ROOMY);
     dropped(stage.hold(key(&pool, "k1", &noise(64, 1))));
-    let twice = order(&[("k1", 256, 256), ("k1", 0, 257)], 8, 1);
+    let twice = order(&[("k1", 256, 256), ("k1", 0, 257)], 1, 1);
     assert_eq!(
         stage.format(&twice).unwrap_err(),
         FormatError::Overlap {
@@ -159,7 +158,7 @@ fn no_bit_is_in_a_segment_twice() {
             bit: 256
         }
     );
-    let touching = order(&[("k1", 256, 256), ("k1", 10, 0), ("k1", 0, 256)], 8, 1);
+    let touching = order(&[("k1", 256, 256), ("k1", 10, 0), ("k1", 0, 256)], 1, 1);
     assert!(stage.format(&touching).is_ok());
 }
 
@@ -170,16 +169,16 @@ fn a_segment_fits_one_block_of_key_memory() {
     dropped(stage.hold(key(&pool, "k1", &noise(MAX_BLOCK_BYTES, 1))));
     dropped(stage.hold(key(&pool, "k2", &noise(40, 2))));
     let most = u32::try_from(MAX_BLOCK_BYTES * 8).unwrap();
-    let fits = order(&[("k1", 0, most), ("k2", 0, 256)], 256, 4096);
+    let fits = order(&[("k1", 0, most)], 32, 4096);
     assert_eq!(
-        stage.format(&fits).unwrap().body.len_bytes(),
+        stage.format(&fits).unwrap().segment.len_bytes(),
         MAX_BLOCK_BYTES
     );
-    let one_byte_more = order(&[("k1", 0, most), ("k2", 0, 264)], 256, 4096);
+    let one_byte_more = order(&[("k1", 0, most), ("k2", 0, 8)], 32, 4096);
     assert_eq!(
         stage.format(&one_byte_more).unwrap_err(),
         FormatError::TooLong {
-            segment_bits: u64::from(most) + 264
+            segment_bits: u64::from(most) + 8
         }
     );
 }
@@ -193,7 +192,7 @@ fn an_exhausted_pool_fails_the_plan_and_keeps_the_keys() {
     while let Ok(block) = pool.take(32) {
         hog.push(block);
     }
-    let plan = order(&[("k1", 0, 512)], 256, 32);
+    let plan = order(&[("k1", 0, 512)], 32, 32);
     assert!(matches!(stage.format(&plan), Err(FormatError::Pool(_))));
     hog.clear();
     assert!(stage.format(&plan).is_ok());
@@ -205,7 +204,7 @@ fn a_planned_key_leaves_only_when_it_is_settled() {
     let mut stage = stage(&pool, WaitingBound { keys: 2, ..ROOMY });
     dropped(stage.hold(key(&pool, "k1", &noise(64, 1))));
     dropped(stage.hold(key(&pool, "k2", &noise(64, 2))));
-    let plan = order(&[("k1", 0, 512)], 256, 32);
+    let plan = order(&[("k1", 0, 512)], 32, 32);
     drop(stage.format(&plan).unwrap());
 
     // The older k1 is planned, so k2 goes.
@@ -213,7 +212,7 @@ fn a_planned_key_leaves_only_when_it_is_settled() {
         dropped(stage.hold(key(&pool, "k3", &noise(64, 3)))),
         [name("k2")]
     );
-    drop(stage.format(&order(&[("k3", 0, 512)], 256, 32)).unwrap());
+    drop(stage.format(&order(&[("k3", 0, 512)], 32, 32)).unwrap());
     let Hold::Busy(k4) = stage.hold(key(&pool, "k4", &noise(64, 4))) else {
         panic!("both keys that wait are planned");
     };
@@ -294,13 +293,13 @@ proptest! {
     fn a_segment_is_what_its_plan_says_bit_by_bit(
         lens in prop::collection::vec(1_usize..40, 1..5),
         cuts in prop::collection::vec((any::<u32>(), any::<u32>()), 1..5),
-        mask_bits in 1_u32..80,
+        mask_bytes in 1_u32..10,
         unit_bytes in 1_u32..9,
     ) {
         let pool = pool();
         let mut stage = stage(&pool, ROOMY);
         let mut bits = Vec::new();
-        let mut plan = order(&[], mask_bits, unit_bytes);
+        let mut plan = order(&[], mask_bytes, unit_bytes);
         for (i, (len, (from, take))) in lens.iter().zip(&cuts).enumerate() {
             let bytes = noise(*len, u32::try_from(i).unwrap());
             let text = format!("k{i}");
@@ -311,24 +310,20 @@ proptest! {
             plan.composition.pieces.extend(order(&[(&text, offset, take)], 1, 1).composition.pieces);
             bits.extend((offset..offset + take).map(|at| bytes[at as usize / 8] << (at % 8) >> 7));
         }
-        let body_bits = bits.len().saturating_sub(mask_bits as usize);
         let made = stage.format(&plan);
-        if body_bits < 8 {
+        let segment_bytes = bits.len() / 8;
+        if segment_bytes <= mask_bytes as usize {
             let too_short = matches!(made, Err(FormatError::TooShort { .. }));
             prop_assert!(too_short);
             return Ok(());
         }
         let made = made.unwrap();
-        let pack = |bits: &[u8]| -> Vec<u8> {
-            let byte = |chunk: &[u8]| chunk.iter().enumerate().fold(0, |b, (i, bit)| b | bit << (7 - i));
-            bits.chunks(8).map(byte).collect()
-        };
-        let (mask, body) = bits.split_at(mask_bits as usize);
-        let body = pack(&body[..body_bits / 8 * 8]);
-        prop_assert_eq!(made.mask.expose(), pack(mask));
-        prop_assert_eq!(made.body.expose(), &body);
-        prop_assert_eq!(usize::from(made.spare_bits), body_bits % 8);
-        let digests: Vec<_> = body.chunks(unit_bytes as usize).map(sha256).collect();
+        let byte = |chunk: &[u8]| chunk.iter().enumerate().fold(0, |b, (i, bit)| b | bit << (7 - i));
+        let segment: Vec<u8> = bits[..segment_bytes * 8].chunks(8).map(byte).collect();
+        prop_assert_eq!(made.segment.expose(), &segment);
+        prop_assert_eq!(usize::from(made.spare_bits), bits.len() % 8);
+        let units = segment[mask_bytes as usize..].chunks(unit_bytes as usize);
+        let digests: Vec<_> = units.map(sha256).collect();
         prop_assert_eq!(made.digests, digests);
     }
 }

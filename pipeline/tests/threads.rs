@@ -171,7 +171,7 @@ fn keys_are_held_and_plans_answered_under_their_ticket() {
     ));
 
     let format = |ticket, text| {
-        let order = order(&[(text, 0, 768)], 256, 32);
+        let order = order(&[(text, 0, 768)], 32, 32);
         handle.send(Command::Format { ticket, order }).unwrap();
         match seen.recv_timeout(LONG).unwrap() {
             StageEvent::Formatted { ticket, result } => (ticket, result),
@@ -180,7 +180,7 @@ fn keys_are_held_and_plans_answered_under_their_ticket() {
     };
     let (ticket, made) = format(41, "k1");
     assert_eq!(ticket, 41);
-    assert_eq!(made.unwrap().body.expose(), &bytes[32..]);
+    assert_eq!(made.unwrap().segment.expose(), &bytes);
 
     handle.send(Command::Drop { name: name("k1") }).unwrap();
     let (ticket, made) = format(42, "k1");
@@ -213,7 +213,7 @@ fn planned_keys_that_fill_the_bound_are_felt_by_the_drivers() {
     let (pusher, handle, seen) = running(&pool, WaitingBound { keys: 1, ..ROOMY }, 1);
     pusher.push(key(&pool, "k1", &noise(64, 1))).unwrap();
     assert_eq!(held_name(&seen.recv_timeout(LONG).unwrap()), "k1");
-    let plan = order(&[("k1", 0, 512)], 256, 32);
+    let plan = order(&[("k1", 0, 512)], 32, 32);
     handle
         .send(Command::Format {
             ticket: 1,
@@ -250,7 +250,7 @@ fn commands_sent_before_a_stop_are_done_and_later_ones_refused() {
     pusher.push(key(&pool, "k1", &noise(64, 1))).unwrap();
     assert_eq!(held_name(&seen.recv_timeout(LONG).unwrap()), "k1");
     for ticket in 0..10 {
-        let order = order(&[("k1", 0, 512)], 256, 32);
+        let order = order(&[("k1", 0, 512)], 32, 32);
         handle.send(Command::Format { ticket, order }).unwrap();
     }
     handle.send(Command::Stop).unwrap();

@@ -15,8 +15,7 @@ use qkd_kma::{
     SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder, vault::VaultError,
 };
 use qkd_net::{LinkEvent, LinksHandle};
-use qkd_pipeline::{Command, CommandRefused, FormatOrder, Formatted, StageEvent, StageHandle};
-use qkd_secmem::Pool;
+use qkd_pipeline::{Command, CommandRefused, FormatOrder, StageEvent, StageHandle};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::env::{SystemClock, SystemEntropy};
@@ -49,7 +48,6 @@ pub(crate) enum Request {
 pub(crate) struct Surroundings {
     pub(crate) links: LinksHandle,
     pub(crate) stage: StageHandle,
-    pub(crate) pool: Pool,
     /// To the drivers' tasks, by module pair.
     pub(crate) settle: BTreeMap<ModulePairId, mpsc::UnboundedSender<(QkdKeyName, Settlement)>>,
     /// To the controller's task.
@@ -205,7 +203,10 @@ impl Agent {
                 let segment = result
                     .map_err(|error| tracing::warn!(%error, segment = %ticket.segment, "segment not made"))
                     .ok()
-                    .and_then(|formatted| whole(&self.around.pool, formatted));
+                    .map(|made| FormattedSegment {
+                        bits: made.segment,
+                        digests: made.digests,
+                    });
                 self.handle(Input::Formatted { ticket, segment });
             }
         }
@@ -255,7 +256,7 @@ impl Agent {
                 self.tickets.insert(self.next_ticket, ticket);
                 let order = FormatOrder {
                     composition,
-                    mask_bits: MASK_BITS,
+                    mask_bytes: MASK_BITS / 8,
                     unit_bytes,
                 };
                 self.orders.push_back(Command::Format {
@@ -305,19 +306,6 @@ impl Agent {
             }
         }
     }
-}
-
-/// A segment in one block, its masks first.
-fn whole(pool: &Pool, formatted: Formatted) -> Option<FormattedSegment> {
-    let (mask, body) = (formatted.mask.expose(), formatted.body.expose());
-    let mut bits = pool.take(mask.len() + body.len()).ok()?;
-    let (front, back) = bits.expose_mut().split_at_mut(mask.len());
-    front.copy_from_slice(mask);
-    back.copy_from_slice(body);
-    Some(FormattedSegment {
-        bits,
-        digests: formatted.digests,
-    })
 }
 
 /// How long a stop may take.

@@ -192,7 +192,6 @@ impl Node {
         let around = Surroundings {
             links: links.clone(),
             stage,
-            pool: pool.clone(),
             settle,
             want_route,
             alarms,

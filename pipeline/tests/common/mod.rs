@@ -50,7 +50,7 @@ pub(crate) fn noise(len: usize, seed: u32) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-pub(crate) fn order(pieces: &[(&str, u32, u32)], mask_bits: u32, unit_bytes: u32) -> FormatOrder {
+pub(crate) fn order(pieces: &[(&str, u32, u32)], mask_bytes: u32, unit_bytes: u32) -> FormatOrder {
     let pieces = pieces
         .iter()
         .map(|&(text, offset_bits, len_bits)| Piece {
@@ -65,7 +65,7 @@ pub(crate) fn order(pieces: &[(&str, u32, u32)], mask_bits: u32, unit_bytes: u32
             generation: Generation(0),
             pieces,
         },
-        mask_bits,
+        mask_bytes,
         unit_bytes,
     }
 }
