@@ -5,6 +5,10 @@
 //! [`DriverConfig::open`] opens it. Opening and using are apart, so that whatever uses a module can
 //! be handed a simulated one.
 //!
+//! - [`directory`]: hand-over files, as qcrypto writes them.
+//! - [`serial`]: a device on a serial line that may be unplugged.
+//! - [`shared_memory`]: a producer process, which need not be trusted.
+//!
 //! It knows nothing about pipelines, stores or the matching node, and it does not log: whatever
 //! happens to a module is an [`Event`].
 //!

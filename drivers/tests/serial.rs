@@ -301,6 +301,26 @@ async fn another_device_than_the_configured_one_is_refused() {
 }
 
 #[tokio::test]
+async fn another_device_after_an_unplugging_is_told_of_once() {
+    let link = Link::new();
+    let config = SerialConfig {
+        device: Some("tx-1".to_owned()),
+        ..link.config()
+    };
+    let mut source = DriverConfig::Serial(config).open().unwrap();
+    assert!(matches!(
+        event(&mut *source).await.0,
+        Event::Detached { .. }
+    ));
+    let mut device = Device::new("tx-2", 5);
+    device.plug(&link.path(), clean());
+    let (expected, found) = ("tx-1".to_owned(), "tx-2".to_owned());
+    let reason = DetachReason::OtherDevice { expected, found };
+    assert_eq!(event(&mut *source).await.0, Event::Detached { reason });
+    assert_quiet(&mut *source, Duration::from_millis(700)).await;
+}
+
+#[tokio::test]
 async fn another_device_with_the_same_session_number_is_not_taken_for_the_first() {
     let link = Link::new();
     let mut first = Device::new("tx-1", 1);

@@ -11,7 +11,7 @@ use std::{
 use common::{assert_quiet, device::block, event, key, producer::Connected, wakes_while_idle};
 use qkd_drivers::{
     Alarm, AlarmCode, Band, CorruptReason, DetachReason, DriverConfig, Event, KeySource, Metric,
-    ModuleState, OpenError, Settlement, Severity, SharedMemoryConfig, Value,
+    ModuleState, OpenError, Settlement, Severity, SharedMemoryConfig, Value, next_event,
 };
 use qkd_handover::{
     block::BlockHeader,
@@ -76,6 +76,15 @@ async fn expect_blocks(source: &mut dyn KeySource, numbers: std::ops::Range<u64>
 
 fn settle(source: &mut dyn KeySource, number: u64, outcome: Settlement) {
     source.settle(&number.to_string().parse().unwrap(), outcome);
+}
+
+/// Has `source` read what there is, which is no key that it delivers.
+async fn assert_leaves_no_key(source: &mut dyn KeySource) {
+    let mut out = vec![0; source.max_block_bytes()];
+    let next = next_event(source, &mut out);
+    let none = tokio::time::timeout(Duration::from_millis(50), next).await;
+    assert!(none.is_err(), "{none:?}");
+    assert!(out.iter().all(|&byte| byte == 0), "key was left behind");
 }
 
 async fn expect_broken(source: &mut dyn KeySource) -> RingFault {
@@ -190,7 +199,11 @@ async fn a_producer_that_comes_again_is_told_what_is_durable_and_nothing_comes_t
     let mut producer = place.connect(&mut *source).await;
     assert_eq!(producer.greeting.generation, generation + 1);
     assert_eq!(producer.greeting.last_durable, Some(1));
-    for number in 2..6 {
+    for number in 2..4 {
+        producer.send(number).unwrap();
+    }
+    assert_leaves_no_key(&mut *source).await;
+    for number in 4..6 {
         producer.send(number).unwrap();
     }
     expect_blocks(&mut *source, 4..6).await;

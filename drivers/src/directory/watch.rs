@@ -84,3 +84,17 @@ impl Hint {
 }
 
 const BUFFER_BYTES: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overflow_means_that_notifications_were_lost() {
+        assert_eq!(Hint::of(EventMask::Q_OVERFLOW, None), Hint::Lost);
+        let name = OsStr::new("c74ebf47");
+        let moved = Hint::of(EventMask::MOVED_TO, Some(name));
+        assert_eq!(moved, Hint::Name(name.to_owned()));
+        assert_eq!(Hint::of(EventMask::IGNORED, None), Hint::FolderGone);
+    }
+}

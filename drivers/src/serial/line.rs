@@ -34,6 +34,8 @@ struct Talk {
     device: Option<String>,
     /// Whether the layer above was told that the device is there, or that it is not.
     told_attached: Option<bool>,
+    /// Why it was told last that the device is not there.
+    told_reason: Option<DetachReason>,
     events: VecDeque<Event>,
 }
 
@@ -46,6 +48,7 @@ impl Line {
                 outstanding: Outstanding::default(),
                 device: None,
                 told_attached: None,
+                told_reason: None,
                 events: VecDeque::new(),
                 config: config.clone(),
             },
@@ -93,12 +96,17 @@ impl Line {
         self.talk.receiver.reopened();
     }
 
-    /// The port was closed. Tells so once; returns whether the device was within reach.
+    /// The port was closed. Tells so once, and once more if it is for another device that answered;
+    /// returns whether the device was within reach.
     pub(super) fn closed(&mut self, reason: DetachReason) -> bool {
         self.decoder.reset();
-        let before = self.talk.told_attached.replace(false);
-        if before != Some(false) {
-            self.talk.events.push_back(Event::Detached { reason });
+        let talk = &mut self.talk;
+        let before = talk.told_attached.replace(false);
+        let is_news = matches!(reason, DetachReason::OtherDevice { .. })
+            && talk.told_reason.as_ref() != Some(&reason);
+        if before != Some(false) || is_news {
+            talk.told_reason = Some(reason.clone());
+            talk.events.push_back(Event::Detached { reason });
         }
         before == Some(true)
     }

@@ -33,7 +33,7 @@ use qkd_handover::{
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
 use serde::Deserialize;
 use tokio::time::{Instant, Sleep, sleep_until};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use self::{
     numbers::Numbers,
@@ -267,6 +267,9 @@ impl SharedMemorySource {
                     let key = self.tell(&record);
                     if key.is_some() {
                         return Poll::Ready(key);
+                    }
+                    if let Record::Block(header) = record {
+                        out[..bytes_for_bits(header.key_bits)].zeroize();
                     }
                 }
                 Ok(None) if ring.closed => self.detach(DetachReason::Closed),
