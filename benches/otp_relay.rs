@@ -110,9 +110,11 @@ fn zip_xor(data: &mut [u8], pad: &[u8]) {
     }
 }
 
+type Hop<'a> = &'a dyn Fn(&mut [u8], &mut [u8]) -> [u8; 16];
+
 fn check(backend: Backend, key: &TagKey, polyval: &Polyval, size: usize) {
     let (data, pad) = (noise(size, 1), noise(size, 2));
-    let run = |hop: &dyn Fn(&mut [u8], &mut [u8]) -> [u8; 16]| {
+    let run = |hop: Hop<'_>| {
         let (mut data, mut pad) = (data.clone(), pad.clone());
         let tag = hop(&mut data, &mut pad);
         (tag, data, pad)
