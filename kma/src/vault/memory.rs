@@ -9,7 +9,8 @@ use qkd_keyfile::Incarnation;
 use qkd_secmem::{KeyBuf, Pool};
 
 use super::disk::{Directory, Disk};
-use super::journal::{Journal, Kind};
+use super::frame::Kind;
+use super::journal::Journal;
 use super::seal::{TAG_BYTES, random};
 use super::{GetError, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
 

@@ -24,6 +24,7 @@
 //! - After a failed sync nothing is known about the disk, so everything fails until it is reopened.
 
 pub mod disk;
+mod frame;
 mod journal;
 mod kek;
 pub mod lmdb;
@@ -40,20 +41,11 @@ use qkd_keyfile::Incarnation;
 use qkd_secmem::PoolExhausted;
 use serde::{Deserialize, Serialize};
 
+pub use frame::read_journal;
 pub use kek::{KekError, KekSource};
 pub use lmdb::{LmdbOptions, open_lmdb};
 pub use memory::{MemoryVault, open_memory};
 pub use sealed::SealedVault;
-
-/// Reads the records of a journal file, or of a copy of one, without opening the store: for
-/// checkers. A torn last commit is left out.
-///
-/// # Errors
-///
-/// [`VaultError::Header`], [`VaultError::NewerVersion`] or [`VaultError::JournalDamaged`].
-pub fn read_journal(image: &[u8], each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
-    journal::Journal::read(image, each)
-}
 
 /// Number of a row, chosen by the caller. It is free again when the erasure is committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -3,7 +3,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use qkd_keyfile::Incarnation;
 
 use super::disk::Disk;
-use super::journal::{self, Journal, Kind};
+use super::frame::Kind;
+use super::journal::{self, Journal};
 use super::kek::KekSource;
 use super::seal::{Context, NONCE_BYTES, TAG_BYTES, parts};
 use super::slots::{self, DataKey, Slots};

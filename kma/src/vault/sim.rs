@@ -223,20 +223,15 @@ impl State {
     }
 
     fn change_names(&mut self, change: NameChange) -> io::Result<()> {
-        match self.step()? {
-            None => {
-                change.apply(&mut self.names);
-                self.name_changes.push(change);
-                Ok(())
-            }
-            Some(Fault::PowerCut) => {
-                change.apply(&mut self.names);
-                self.name_changes.push(change);
-                self.cut_power();
-                Err(failed())
-            }
-            Some(fault) => Err(fault.error()),
+        let fault = self.step()?;
+        if matches!(fault, None | Some(Fault::PowerCut)) {
+            change.apply(&mut self.names);
+            self.name_changes.push(change);
         }
+        if fault == Some(Fault::PowerCut) {
+            self.cut_power();
+        }
+        fault.map_or(Ok(()), |fault| Err(fault.error()))
     }
 }
 
@@ -355,6 +350,28 @@ struct SimFile {
     inode: usize,
 }
 
+impl SimFile {
+    /// Changes what is seen: `whole`, or what a failure does of it.
+    fn change(
+        &self,
+        whole: impl FnOnce(&mut Inode),
+        failing: impl FnOnce(&mut Inode),
+    ) -> io::Result<()> {
+        let mut state = self.disk.state();
+        let fault = state.step()?;
+        state.write_back(self.inode);
+        let inode = &mut state.inodes[self.inode];
+        match fault {
+            None | Some(Fault::PowerCut) => whole(inode),
+            Some(Fault::Io | Fault::NoSpace) => failing(inode),
+        }
+        if fault == Some(Fault::PowerCut) {
+            state.cut_power();
+        }
+        fault.map_or(Ok(()), |fault| Err(fault.error()))
+    }
+}
+
 impl BlockFile for SimFile {
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
         let state = self.disk.state();
@@ -370,24 +387,9 @@ impl BlockFile for SimFile {
 
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let offset = usize::try_from(offset).map_err(io::Error::other)?;
-        let mut state = self.disk.state();
-        match state.step()? {
-            None => {
-                state.write_back(self.inode);
-                state.inodes[self.inode].write(bytes, offset);
-                Ok(())
-            }
-            Some(Fault::PowerCut) => {
-                state.write_back(self.inode);
-                state.inodes[self.inode].write(bytes, offset);
-                state.cut_power();
-                Err(failed())
-            }
-            Some(fault) => {
-                state.inodes[self.inode].write(&bytes[..bytes.len() / 2], offset);
-                Err(fault.error())
-            }
-        }
+        let half = &bytes[..bytes.len() / 2];
+        let whole = |inode: &mut Inode| inode.write(bytes, offset);
+        self.change(whole, |inode| inode.write(half, offset))
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -415,19 +417,7 @@ impl BlockFile for SimFile {
 
     fn truncate(&mut self, len_bytes: u64) -> io::Result<()> {
         let len = usize::try_from(len_bytes).map_err(io::Error::other)?;
-        let mut state = self.disk.state();
-        match state.step()? {
-            None => {
-                state.inodes[self.inode].truncate(len);
-                Ok(())
-            }
-            Some(Fault::PowerCut) => {
-                state.inodes[self.inode].truncate(len);
-                state.cut_power();
-                Err(failed())
-            }
-            Some(fault) => Err(fault.error()),
-        }
+        self.change(|inode| inode.truncate(len), |_| ())
     }
 }
 
