@@ -152,6 +152,30 @@ async fn every_block_arrives_once_over_a_line_that_loses_and_damages_bytes() {
     }
 }
 
+#[tokio::test]
+async fn a_lost_block_is_asked_for_without_waiting_for_the_device() {
+    let link = Link::new();
+    let hour = Duration::from_secs(3600);
+    let mut device = Device::with_patience("tx-1", 1, hour);
+    device.offer(0..4);
+    // The first key frame; input and hello come before it.
+    let mut lost = false;
+    device.plug(
+        &link.path(),
+        Box::new(move |piece| {
+            if !lost && piece.len() > 60 {
+                lost = true;
+                piece.clear();
+            }
+        }),
+    );
+    let mut source = link.open();
+    source.grant(4);
+    assert_eq!(event(&mut *source).await.0, attached("tx-1", 1));
+    expect_blocks(&mut *source, 0..4).await;
+    assert!(device.sender().counters().resent > 0);
+}
+
 /// Of 100 pieces, some lose a byte, have a bit flipped, a byte doubled, or vanish.
 fn noise(seed: u64) -> Fault {
     let mut state = seed;

@@ -29,7 +29,7 @@ use std::{
 use qkd_handover::type7::{MAX_KEY_BITS, words_bytes};
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
 use serde::Deserialize;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 
 use self::{
     folder::Folder,
@@ -170,7 +170,8 @@ impl DirectorySource {
     pub fn open(config: &DirectoryConfig) -> Result<Self, OpenError> {
         config.check()?;
         let open = open_folder(config)?;
-        let mut tick = tokio::time::interval(Duration::from_millis(config.rescan_interval_ms));
+        let pause = Duration::from_millis(config.rescan_interval_ms);
+        let mut tick = interval_at(Instant::now() + pause, pause);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             events: VecDeque::from([open.0.attached(config)]),

@@ -58,8 +58,13 @@ pub(crate) fn block(number: u64) -> (BlockHeader, Vec<u8>) {
 
 impl Device {
     pub(crate) fn new(name: &str, session: u32) -> Self {
+        Self::with_patience(name, session, Duration::from_millis(100))
+    }
+
+    /// A device that sends again by itself only after so long a silence.
+    pub(crate) fn with_patience(name: &str, session: u32, patience: Duration) -> Self {
         let session = NonZeroU32::new(session).unwrap();
-        let sender = Sender::new(session, name, 100_000, Duration::from_millis(100)).unwrap();
+        let sender = Sender::new(session, name, 100_000, patience).unwrap();
         Self {
             sender: Arc::new(Mutex::new(sender)),
             cable: None,
