@@ -6,11 +6,12 @@
 
 mod agent;
 mod intake;
+mod routes;
 mod status;
 mod supply;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     sync::Arc,
     thread,
@@ -44,6 +45,7 @@ use crate::{
 use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
 use intake::Intake;
 pub use intake::ModuleReport;
+use routes::Routes;
 pub use status::{MemoryReport, Report, StreamReport};
 use supply::NodeSupply;
 
@@ -134,7 +136,7 @@ impl Node {
             peers: peers_of(&config),
             credentials: credentials.clone(),
             timing: LinkTiming::default(),
-            seed: u64::from_le_bytes(random_8()),
+            seed: random_u64(),
         })?;
 
         let (stop, shutdown) = watch::channel(false);
@@ -180,15 +182,17 @@ impl Node {
         }
 
         let (alarms, alarm_receiver) = mpsc::unbounded_channel();
-        let want_route = start_controller_client(
+        let routes = Routes::start(
             &config,
             &credentials,
             clock,
-            &requests,
+            requests.clone(),
             alarm_receiver,
-            &shutdown,
-            &mut tasks,
         );
+        let want_route = routes.map(|(routes, want_route)| {
+            tasks.spawn(routes.run(shutdown.clone()));
+            want_route
+        });
         let around = Surroundings {
             links: links.clone(),
             stage,
@@ -297,9 +301,9 @@ async fn until_stop(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|down| *down).await;
 }
 
-fn random_8() -> [u8; 8] {
+fn random_u64() -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = random_16();
-    [a, b, c, d, e, f, g, h]
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
 async fn listen(address: &str) -> Result<TcpListener, NodeError> {
@@ -407,71 +411,4 @@ fn node_supply(config: &Config, requests: mpsc::Sender<Request>) -> NodeSupply {
             .map_or(256, |supply| supply.key_bits.get()),
         requests,
     }
-}
-
-/// Connects to the controller, if there is one, and hands it questions about routes and alarms.
-fn start_controller_client(
-    config: &Config,
-    credentials: &Arc<Reloadable>,
-    clock: SystemClock,
-    requests: &mpsc::Sender<Request>,
-    mut alarms: mpsc::UnboundedReceiver<qkd_kma::Alarm>,
-    shutdown: &watch::Receiver<bool>,
-    tasks: &mut JoinSet<()>,
-) -> Option<mpsc::Sender<NodeId>> {
-    let mut stopped = shutdown.clone();
-    let Some(controller) = config.controller.clone() else {
-        // Without a controller, alarms are in the log.
-        tasks.spawn(async move {
-            tokio::select! {
-                () = until_stop(&mut stopped) => {}
-                () = async { while alarms.recv().await.is_some() {} } => {}
-            }
-        });
-        return None;
-    };
-    let neighbours: BTreeSet<NodeId> = config
-        .links
-        .iter()
-        .map(|link| link.peer.get_ref().clone())
-        .collect();
-    let me = config.node.id.clone();
-    let link = ControllerLink::start(
-        ControllerLinkConfig {
-            controller: controller.id,
-            address: controller.address,
-            credentials: credentials.clone(),
-            client: ClientConfig::new(me.clone(), neighbours),
-            seed: u64::from_le_bytes(random_8()),
-        },
-        Arc::new(clock),
-    );
-    let (want_route, mut wanted) = mpsc::channel::<NodeId>(16);
-    let requests = requests.clone();
-    tasks.spawn(async move {
-        loop {
-            tokio::select! {
-                () = until_stop(&mut stopped) => return,
-                Some(alarm) = alarms.recv() => tracing::debug!(?alarm, "alarm is in the log"),
-                Some(destination) = wanted.recv() => {
-                    let route = match link.route(Destination::Node(destination.clone())).await {
-                        Ok(route) => {
-                            let whole = std::iter::once(me.clone())
-                                .chain(route.transit)
-                                .chain([destination.clone()]);
-                            Some(whole.collect())
-                        }
-                        Err(error) => {
-                            tracing::warn!(%destination, %error, "no route");
-                            None
-                        }
-                    };
-                    if requests.send(Request::Route { destination, route }).await.is_err() {
-                        return;
-                    }
-                }
-            }
-        }
-    });
-    Some(want_route)
 }
