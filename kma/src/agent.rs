@@ -3,19 +3,18 @@
 use std::collections::BTreeMap;
 
 use qkd_kernels::Backend;
-use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, Now, SegmentNumber, StreamId, metadata::KeyType};
+use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, Now};
 
 use crate::{
-    RESEND_AFTER, TICK,
+    RESEND_AFTER, TICK, confirm,
     io::{Cx, Input, KmaConfig, Output},
-    record::{BurnReason, DiscardReason, Stage},
-    relay::{Relay, completion_again, release_again, release_fits},
+    relay::{Relay, stream_of},
     session::{Boot, Greeting, Session},
-    store::{Store, StreamAccounts},
+    store::{JOURNAL_LIMIT_BYTES, Store, StreamAccounts},
     supply::Supply,
-    sync::LinkSync,
+    sync::{Announcement, LinkSync},
     vault::VaultError,
-    wire::{MAX_ITEMS, Message},
+    wire::Message,
 };
 
 /// A key management agent: one state machine per node, without sockets, clock or threads.
@@ -36,6 +35,7 @@ pub struct Kma {
     said_pending: Mono,
     out: Vec<Output>,
     failed: Option<VaultError>,
+    journal_limit_bytes: u64,
 }
 
 /// What a KMA is doing, for an operator. Quantities in bytes are usable key.
@@ -49,6 +49,9 @@ pub struct Status {
     pub outbox_bindings: usize,
     /// Bound keys that wait here for their applications.
     pub waiting_bindings: usize,
+    /// Bindings dropped, oldest first, because no application fetched their keys and more came than
+    /// are kept.
+    pub forgotten_bindings: u64,
     /// Journal records that did not fit; 0.
     pub inconsistencies: u64,
 }
@@ -77,6 +80,7 @@ impl Kma {
             said_pending: Mono::default(),
             out: Vec::new(),
             failed: None,
+            journal_limit_bytes: JOURNAL_LIMIT_BYTES,
             config,
         }
     }
@@ -131,7 +135,9 @@ impl Kma {
                 }
             }
             Input::Supply(order) => {
-                self.supply.supply(&mut cx, &self.config, entropy, &order);
+                let sessions = &self.sessions;
+                self.supply
+                    .supply(&mut cx, &self.config, sessions, entropy, &order);
             }
             Input::SupplyById(order) => {
                 self.supply.supply_by_id(&mut cx, &self.sessions, order);
@@ -139,6 +145,7 @@ impl Kma {
             Input::Route { destination, route } => self.relay.routed(&destination, route),
             Input::Tick => self.tick(now, entropy),
         }
+        self.store.relieve();
     }
 
     /// When the next [`Input::Tick`] is due.
@@ -159,7 +166,20 @@ impl Kma {
             return Err(error);
         }
         self.store.commit()?;
+        if let Err(error) = self.store.compact_if_large(self.journal_limit_bytes) {
+            if error.is_final() {
+                return Err(error);
+            }
+            tracing::error!(%error, "journal could not be compacted; it grows on");
+        }
         Ok(std::mem::take(&mut self.out))
+    }
+
+    /// Compacts the journal beyond this length, instead of [`JOURNAL_LIMIT_BYTES`].
+    #[must_use]
+    pub fn with_journal_limit(mut self, bytes: u64) -> Self {
+        self.journal_limit_bytes = bytes;
+        self
     }
 
     /// What the agent is doing.
@@ -175,6 +195,7 @@ impl Kma {
                 .collect(),
             outbox_bindings: state.peers.values().map(|p| p.outbox.len()).sum(),
             waiting_bindings: state.received.len(),
+            forgotten_bindings: state.forgotten_bindings,
             inconsistencies: state.inconsistencies,
         }
     }
@@ -206,9 +227,9 @@ impl Kma {
         self.supply.poll(&mut cx, &self.sessions);
         if now.mono.since(self.said_pending) >= RESEND_AFTER {
             self.said_pending = now.mono;
-            say_pending(&mut cx, &self.sessions);
-            say_spent(&mut cx, &self.sessions);
-            close_finished(&mut cx);
+            confirm::say_pending(&mut cx, &self.sessions);
+            confirm::say_spent(&mut cx, &self.sessions);
+            confirm::close_finished(&mut cx);
         }
     }
 
@@ -239,14 +260,16 @@ impl Kma {
         }
         match message {
             Message::Hello { .. } => {}
-            Message::Marks { session: id, marks } => session.marks(cx, id, &marks),
+            Message::Marks(marks) => session.marks(cx, &marks),
             Message::MarksTaken { session: id } => session.marks_taken(id),
+            Message::RolledBack { session: id } => session.rolled_back(cx, id),
             Message::HopTaken {
                 session: id,
                 sequence,
             } => session.hop_taken(id, sequence),
-            Message::Announce { .. } | Message::Propose { .. } | Message::Answer { .. } => {
-                if let Some(link) = self.links.get_mut(peer) {
+            Message::Announce { .. } | Message::Propose(_) | Message::Answer { .. } => {
+                let trusted = !session.is_quarantined();
+                if let Some(link) = self.links.get_mut(peer).filter(|_| trusted) {
                     synchronise(cx, link, message);
                 }
             }
@@ -254,32 +277,30 @@ impl Kma {
                 stream,
                 segment,
                 release,
-            } => commit(cx, peer, stream, segment, &release),
-            Message::Committed { stream, segment } => {
-                if stream.peer_of(cx.me) == Some(peer) {
-                    cx.store.peer_confirmed(&stream, segment);
+            } => confirm::commit(cx, peer, &stream, segment, &release),
+            Message::Pending { stream, segments } => {
+                confirm::pending(cx, peer, &stream, &segments);
+            }
+            Message::Void { stream, segment } => confirm::void(cx, peer, &stream, segment),
+            Message::Spent { stream, segments } => {
+                if session.accepting_id().is_some() {
+                    confirm::spent(cx, peer, stream, segments);
                 }
             }
-            Message::Pending { stream, segments } => pending(cx, peer, &stream, &segments),
-            Message::Void { stream, segment } => void(cx, peer, &stream, segment),
-            Message::Spent { stream, segments } => spent(cx, peer, stream, segments),
-            Message::SpentTaken { stream, segments } => spent_taken(cx, peer, &stream, &segments),
-            Message::Relay {
-                header,
-                ciphertext,
-                tag,
-            } => {
-                let (config, sessions) = (&self.config, &mut self.sessions);
-                self.relay
-                    .hop(cx, config, sessions, peer, &header, &ciphertext, &tag);
+            Message::SpentTaken { stream, segments } => {
+                confirm::spent_taken(cx, peer, &stream, &segments);
             }
-            Message::RelayFailed { route, segment } => self.relay.failed(cx, &route, segment),
+            Message::Relay(hop) => {
+                let (config, sessions) = (&self.config, &mut self.sessions);
+                self.relay.hop(cx, config, sessions, peer, &hop);
+            }
+            Message::RelayFailed { route, segment } => self.relay.failed(cx, peer, &route, segment),
             Message::Completion {
                 stream,
                 segment,
                 tag,
             } => {
-                if stream == crate::relay::stream_of(cx.me, peer) {
+                if stream == stream_of(cx.me, peer) {
                     self.relay.completed(cx, peer, segment, &tag);
                     self.relay
                         .poll(cx, &self.config, &mut self.sessions, entropy);
@@ -330,26 +351,17 @@ fn synchronise(cx: &mut Cx<'_>, link: &mut LinkSync, message: Message) {
             generation,
             held,
             dropped,
+            complete,
         } if generation == qkd_keyfile::Generation::default() => {
-            link.announced(cx, &module_pair, held, &dropped);
+            let announcement = Announcement {
+                held,
+                dropped: &dropped,
+                complete,
+            };
+            link.announced(cx, &module_pair, announcement);
             link.poll(cx);
         }
-        Message::Propose {
-            segment,
-            composition,
-            proposer_key_type,
-            kma_key_id,
-            unit_bytes,
-            tag,
-        } => link.proposed(
-            cx,
-            segment,
-            composition,
-            proposer_key_type,
-            kma_key_id,
-            unit_bytes,
-            tag,
-        ),
+        Message::Propose(propose) => link.proposed(cx, propose),
         Message::Answer {
             segment,
             verdict,
@@ -359,196 +371,5 @@ fn synchronise(cx: &mut Cx<'_>, link: &mut LinkSync, message: Message) {
             link.poll(cx);
         }
         _ => {}
-    }
-}
-
-/// The other end has stored a segment that this end answered: it may be used.
-fn commit(
-    cx: &mut Cx<'_>,
-    peer: &NodeId,
-    stream: StreamId,
-    segment: SegmentNumber,
-    release: &[u8; 16],
-) {
-    if stream.peer_of(cx.me) != Some(peer) {
-        return;
-    }
-    let proven = match &stream {
-        StreamId::Link(_) => true,
-        StreamId::EndToEnd { .. } => {
-            cx.store.segment(&stream, segment).is_none()
-                || release_fits(cx, &stream, segment, release)
-        }
-    };
-    if !proven {
-        tracing::error!(%peer, %stream, %segment, "release does not fit the unit");
-        cx.alarm(crate::io::Alarm::UnitMismatch { stream, segment });
-        return;
-    }
-    cx.store.confirm(&stream, segment);
-    cx.send(peer, &Message::Committed { stream, segment });
-}
-
-/// The other end waits for commits: say them again, or that there is nothing to commit.
-fn pending(cx: &mut Cx<'_>, peer: &NodeId, stream: &StreamId, segments: &[SegmentNumber]) {
-    if stream.peer_of(cx.me) != Some(peer) {
-        return;
-    }
-    for &segment in segments {
-        let known = cx.store.segment(stream, segment).is_some();
-        let open = cx
-            .store
-            .stream(stream)
-            .is_some_and(|s| s.proposed.contains(&segment));
-        match (stream, known) {
-            // Still under way here: the answer or completion will settle it.
-            _ if open => {}
-            (StreamId::EndToEnd { .. }, _) => release_again(cx, stream, segment),
-            (StreamId::Link(_), true) => cx.send(
-                peer,
-                &Message::Commit {
-                    stream: stream.clone(),
-                    segment,
-                    release: [0; 16],
-                },
-            ),
-            (StreamId::Link(_), false) => cx.send(
-                peer,
-                &Message::Void {
-                    stream: stream.clone(),
-                    segment,
-                },
-            ),
-        }
-    }
-}
-
-/// The end that numbers the stream's segments says that one is void.
-fn void(cx: &mut Cx<'_>, peer: &NodeId, stream: &StreamId, segment: SegmentNumber) {
-    let numbers = match stream {
-        StreamId::Link(link) => link.proposer() == peer,
-        StreamId::EndToEnd { source, .. } => source == peer,
-    };
-    if numbers && stream.peer_of(cx.me) == Some(peer) {
-        cx.store
-            .discard(stream, segment, DiscardReason::PeerUnaware);
-    }
-}
-
-/// The owner is done with segments: what it did not name is burned.
-fn spent(cx: &mut Cx<'_>, peer: &NodeId, stream: StreamId, segments: Vec<SegmentNumber>) {
-    if stream.peer_of(cx.me) != Some(peer) {
-        return;
-    }
-    for &segment in &segments {
-        let theirs = cx
-            .store
-            .segment(&stream, segment)
-            .is_some_and(|s| s.key_type == KeyType::Decrypting && s.stage == Stage::Confirmed);
-        if theirs {
-            cx.store
-                .burn_below(&stream, segment, u32::MAX, BurnReason::Closed);
-        }
-    }
-    cx.send(peer, &Message::SpentTaken { stream, segments });
-}
-
-/// Both ends are done with segments of this end.
-fn spent_taken(cx: &mut Cx<'_>, peer: &NodeId, stream: &StreamId, segments: &[SegmentNumber]) {
-    if stream.peer_of(cx.me) != Some(peer) {
-        return;
-    }
-    for &segment in segments {
-        let done = cx.store.segment(stream, segment).is_some_and(|s| {
-            s.key_type == KeyType::Encrypting && s.remaining_bytes() == 0 && s.bindings == 0
-        });
-        if done {
-            cx.store.close(stream, segment);
-        }
-    }
-}
-
-/// What this end answered and the other has not confirmed, and what the other has not acknowledged.
-fn say_pending(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
-    let mut messages = Vec::new();
-    for (id, stream) in &cx.store.state().streams {
-        let Some(peer) = id.peer_of(cx.me) else {
-            continue;
-        };
-        if !sessions.get(peer).is_some_and(Session::is_up) {
-            continue;
-        }
-        let answered = stream
-            .segments
-            .iter()
-            .filter(|(_, s)| s.stage == Stage::Answered);
-        let segments: Vec<_> = answered.map(|(&n, _)| n).take(MAX_ITEMS).collect();
-        if !segments.is_empty() {
-            messages.push((peer.clone(), id.clone(), segments));
-        }
-    }
-    for (peer, stream, segments) in messages {
-        // A completion that was lost would leave the source waiting until it gives up.
-        if matches!(stream, StreamId::EndToEnd { .. }) {
-            for &segment in &segments {
-                if let Some(message) = completion_again(cx, &stream, segment) {
-                    cx.send(&peer, &message);
-                }
-            }
-        }
-        cx.send(&peer, &Message::Pending { stream, segments });
-    }
-}
-
-/// Segments of this end that are taken to the last byte, with nothing of them in flight.
-fn say_spent(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
-    let mut messages = Vec::new();
-    for (id, stream) in &cx.store.state().streams {
-        let Some((peer, session)) = id
-            .peer_of(cx.me)
-            .and_then(|peer| Some((peer, sessions.get(peer)?)))
-            .filter(|(_, session)| session.is_up())
-        else {
-            continue;
-        };
-        let done = stream.segments.iter().filter(|&(&number, s)| {
-            s.key_type == KeyType::Encrypting
-                && s.stage == Stage::Confirmed
-                && s.remaining_bytes() == 0
-                && s.bindings == 0
-                && !session.in_flight(number)
-        });
-        let segments: Vec<_> = done.map(|(&n, _)| n).take(MAX_ITEMS).collect();
-        if !segments.is_empty() {
-            messages.push((peer.clone(), id.clone(), segments));
-        }
-    }
-    for (peer, stream, segments) in messages {
-        cx.send(&peer, &Message::Spent { stream, segments });
-    }
-}
-
-/// Forgets segments of the other end whose every byte was used or burned and fetched.
-fn close_finished(cx: &mut Cx<'_>) {
-    let finished: Vec<(StreamId, SegmentNumber)> = cx
-        .store
-        .state()
-        .streams
-        .iter()
-        .flat_map(|(id, stream)| {
-            stream
-                .segments
-                .iter()
-                .filter(|(_, s)| {
-                    s.key_type == KeyType::Decrypting
-                        && s.stage == Stage::Confirmed
-                        && s.remaining_bytes() == 0
-                        && s.bindings == 0
-                })
-                .map(|(&number, _)| (id.clone(), number))
-        })
-        .collect();
-    for (stream, segment) in finished {
-        cx.store.close(&stream, segment);
     }
 }

@@ -11,9 +11,10 @@ use subtle::ConstantTimeEq;
 
 use crate::{
     io::Cx,
-    session::{SentHop, Session},
+    record::Purpose,
+    session::{HashKey, SentHop, Session},
     store::{FollowError, ReadError, Short},
-    wire::{Message, RelayHeader},
+    wire::{MAX_ITEMS, Message, RelayHeader, SealedHop},
 };
 
 /// Bytes of a tag, of its mask and of a hash key.
@@ -25,6 +26,9 @@ const METADATA_ALLOWANCE_BYTES: u64 = 2048;
 /// Hops in flight towards one KMA, at most.
 const IN_FLIGHT_MAX: usize = 256;
 
+/// Tags under one hash key, at most: a forger's chance grows with them.
+const TAGS_MAX: u64 = 1 << 32;
+
 /// Why a hop was not sent or not taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -32,10 +36,10 @@ pub(crate) enum HopError {
     /// Sending: the pad does not reach, or there is no open session. Nothing was taken.
     #[error("not enough pad")]
     Short,
-    /// Key memory is full. Sending: pad may have been taken, and is burned with the session's end.
+    /// Key memory is full. Nothing was taken or burned.
     #[error("no key memory")]
     Memory,
-    /// The store cannot be read.
+    /// Pad cannot be read. Sending: a segment that never will be is burned. Receiving: nothing was.
     #[error("pad cannot be read")]
     Read,
     /// Receiving: not a header, or lengths that do not fit. Nothing was burned.
@@ -83,7 +87,20 @@ pub(crate) fn ready(
     (room && cx.store.available_bytes(&stream) >= need).then_some(())
 }
 
-/// Encrypts `key_file` with pad of the link to `next`, and sends it.
+/// What a hop carries, and where to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Leg<'a> {
+    /// The KMA at the other end of the hop.
+    pub(crate) next: &'a NodeId,
+    /// Pad that stays in stock for tags and hash keys.
+    pub(crate) floor_bytes: u64,
+    /// All KMAs from source to destination.
+    pub(crate) route: &'a [NodeId],
+    /// The unit's number.
+    pub(crate) segment: SegmentNumber,
+}
+
+/// Encrypts `key_file` with pad of the link, and sends it.
 ///
 /// # Errors
 ///
@@ -91,48 +108,62 @@ pub(crate) fn ready(
 pub(crate) fn send(
     cx: &mut Cx<'_>,
     session: &mut Session,
-    next: &NodeId,
-    floor_bytes: u64,
-    route: &[NodeId],
-    segment: SegmentNumber,
+    leg: Leg<'_>,
     mut key_file: KeyBuf,
 ) -> Result<(), HopError> {
-    let stream = link_stream(cx, next).ok_or(HopError::Malformed)?;
+    let stream = link_stream(cx, leg.next).ok_or(HopError::Malformed)?;
     let id = session.open_id().ok_or(HopError::Short)?;
-    ready(cx, session, next, key_file.len_bytes(), floor_bytes).ok_or(HopError::Short)?;
-    if session.sending.hash_key.is_none() {
-        session.sending.hash_key = Some(draw_hash_key(cx, &stream)?);
+    ready(cx, session, leg.next, key_file.len_bytes(), leg.floor_bytes).ok_or(HopError::Short)?;
+    let rotate = session.sending.hash_key.is_none() || session.sending.tags >= TAGS_MAX;
+    let len = u32::try_from(key_file.len_bytes()).map_err(|_| HopError::Malformed)?;
+    let tags = if rotate { 2 * TAG_BYTES } else { TAG_BYTES };
+    let want = len.checked_add(tags).ok_or(HopError::Malformed)?;
+    // Tags and hash keys are what the floor is for.
+    let floor = leg.floor_bytes.saturating_sub(u64::from(tags));
+    let spans = cx.store.plan_pad(&stream, want, floor)?;
+    let mut rest = spans.clone();
+    let hash_key = split_off_front(&mut rest, tags - TAG_BYTES);
+    let mask = split_off_front(&mut rest, TAG_BYTES);
+    let read = read_pads(cx, &stream, [&hash_key, &mask, &rest]);
+    let (fresh, mask_bytes, mut pad_bytes) = read.inspect_err(|error| {
+        if matches!(error, HopError::Read) {
+            cx.store.burn_unreadable(&stream, &spans);
+        }
+    })?;
+    cx.store.take(&stream, &spans, Purpose::Pad);
+    if let Some(key) = fresh {
+        let spans = hash_key;
+        session.sending.hash_key = Some(HashKey { spans, key });
+        session.sending.tags = 0;
     }
-    let Some((hash_key, tag_key)) = &session.sending.hash_key else {
+    let Some(hash_key) = &session.sending.hash_key else {
         return Err(HopError::Read);
     };
-    let len = u32::try_from(key_file.len_bytes()).map_err(|_| HopError::Malformed)?;
-    let pad = cx.store.take_pad(&stream, len, floor_bytes)?;
-    let mask = cx.store.take_pad(&stream, TAG_BYTES, 0)?;
-    let mut pad_bytes = cx.store.read_all(&stream, &pad)?;
-    let mask_bytes = cx.store.read_all(&stream, &mask)?;
+    session.sending.tags += 1;
     let sequence = session.sending.next_sequence;
     session.sending.next_sequence += 1;
-    let mut segments: Vec<SegmentNumber> = pad.iter().chain(&mask).map(|s| s.segment).collect();
-    segments.push(hash_key.segment);
-    segments.dedup();
+    let spans = hash_key.spans.iter().chain(&spans);
+    let segments = spans.map(|span| span.segment).collect();
     let header = encode(&RelayHeader {
         session: id,
         sequence,
-        route: route.to_vec(),
-        segment,
-        hash_key: *hash_key,
+        route: leg.route.to_vec(),
+        segment: leg.segment,
+        hash_key: hash_key.spans.clone(),
         mask,
-        pad,
+        pad: rest,
     });
-    let tag = tag_key.encrypt_tag_and_wipe(&header, key_file.expose_mut(), pad_bytes.expose_mut());
-    let message = Message::Relay {
+    let tag =
+        hash_key
+            .key
+            .encrypt_tag_and_wipe(&header, key_file.expose_mut(), pad_bytes.expose_mut());
+    let message = Message::Relay(SealedHop {
         header,
         ciphertext: key_file.expose().to_vec(),
         tag: masked(tag, mask_bytes.expose()),
-    }
+    })
     .encode();
-    cx.send_bytes(next, message.clone());
+    cx.send_bytes(leg.next, message.clone());
     let hop = SentHop {
         message,
         segments,
@@ -142,25 +173,52 @@ pub(crate) fn send(
     Ok(())
 }
 
-/// A fresh hash key from this end's pad; the floor is there for it.
-fn draw_hash_key(cx: &mut Cx<'_>, stream: &StreamId) -> Result<(KeySpan, TagKey), HopError> {
-    // One span: a hash key that lies across two segments is passed over, once a session at most.
-    for _ in 0..2 {
-        let spans = cx.store.take_pad(stream, TAG_BYTES, 0)?;
-        if let [span] = spans[..] {
-            return Ok((span, read_hash_key(cx, stream, span)?));
-        }
-    }
-    Err(HopError::Short)
+/// Hash key (if there is one to read), mask and pad of a hop.
+fn read_pads(
+    cx: &mut Cx<'_>,
+    stream: &StreamId,
+    [hash_key, mask, pad]: [&[KeySpan]; 3],
+) -> Result<(Option<TagKey>, KeyBuf, KeyBuf), HopError> {
+    let fresh = match hash_key {
+        [] => None,
+        spans => Some(read_hash_key(cx, stream, spans)?),
+    };
+    let mask = cx.store.read_all(stream, mask)?;
+    Ok((fresh, mask, cx.store.read_all(stream, pad)?))
 }
 
-fn read_hash_key(cx: &mut Cx<'_>, stream: &StreamId, span: KeySpan) -> Result<TagKey, HopError> {
-    let bytes = cx.store.read_all(stream, &[span])?;
+fn read_hash_key(
+    cx: &mut Cx<'_>,
+    stream: &StreamId,
+    spans: &[KeySpan],
+) -> Result<TagKey, HopError> {
+    let bytes = cx.store.read_all(stream, spans)?;
     let mut h = [0; TAG_BYTES as usize];
     h.copy_from_slice(bytes.expose());
     let key = cx.backend.tag_key(&h);
     qkd_kernels::wipe(&mut h);
     Ok(key)
+}
+
+/// Splits the first `len_bytes` off a run of spans.
+fn split_off_front(spans: &mut Vec<KeySpan>, len_bytes: u32) -> Vec<KeySpan> {
+    let mut front = Vec::new();
+    let mut missing = len_bytes;
+    while missing > 0 && !spans.is_empty() {
+        let first = &mut spans[0];
+        let len_bytes = missing.min(first.len_bytes);
+        front.push(KeySpan {
+            len_bytes,
+            ..*first
+        });
+        first.offset_bytes += len_bytes;
+        first.len_bytes -= len_bytes;
+        missing -= len_bytes;
+        if first.len_bytes == 0 {
+            spans.remove(0);
+        }
+    }
+    front
 }
 
 /// Checks, burns and decrypts a hop. `None` for one that was accepted before, which is acknowledged
@@ -174,13 +232,10 @@ pub(crate) fn receive(
     cx: &mut Cx<'_>,
     session: &mut Session,
     peer: &NodeId,
-    header_bytes: &[u8],
-    ciphertext: &[u8],
-    tag: &[u8; 16],
+    hop: &SealedHop,
 ) -> Result<Option<(RelayHeader, KeyBuf)>, HopError> {
     let stream = link_stream(cx, peer).ok_or(HopError::Malformed)?;
-    let header: RelayHeader =
-        postcard::from_bytes(header_bytes).map_err(|_| HopError::Malformed)?;
+    let header: RelayHeader = postcard::from_bytes(&hop.header).map_err(|_| HopError::Malformed)?;
     if session.accepting_id() != Some(header.session) {
         return Ok(None);
     }
@@ -192,47 +247,37 @@ pub(crate) fn receive(
         cx.send(peer, &taken);
         return Ok(None);
     }
-    if total(&header.pad) != Some(ciphertext.len() as u64)
-        || total(&header.mask) != Some(u64::from(TAG_BYTES))
-        || header.hash_key.len_bytes != TAG_BYTES
-        || header.sequence == u64::MAX
-    {
+    if !is_well_formed(&header, hop.ciphertext.len()) {
         return Err(HopError::Malformed);
     }
-    let fresh_key = match &session.receiving.hash_key {
-        Some((span, _)) if *span == header.hash_key => None,
-        Some(_) => return Err(HopError::Malformed),
-        None => Some(header.hash_key),
+    let known = &session.receiving.hash_keys;
+    let known = known.iter().position(|key| key.spans == header.hash_key);
+    let fresh: &[KeySpan] = match known {
+        Some(_) => &[],
+        None => &header.hash_key,
     };
-    let spans: Vec<KeySpan> = header
-        .pad
-        .iter()
-        .chain(&header.mask)
-        .chain(&fresh_key)
-        .copied()
-        .collect();
+    let spans: Vec<KeySpan> = [fresh, &header.mask, &header.pad].concat();
     match cx.store.check_follow(&stream, &spans) {
         Ok(()) => {}
         // The commit is on its way; the hop comes again.
         Err(FollowError::Unconfirmed) => return Ok(None),
         Err(error) => return Err(HopError::Misuse(error)),
     }
-    let fresh_key = match fresh_key {
-        Some(span) => Some((span, read_hash_key(cx, &stream, span)?)),
-        None => None,
-    };
-    let mask = cx.store.read_all(&stream, &header.mask)?;
-    let pad = cx.store.read_all(&stream, &header.pad)?;
-    let Some((_, tag_key)) = fresh_key.as_ref().or(session.receiving.hash_key.as_ref()) else {
+    let (fresh, mask, pad) = read_pads(cx, &stream, [fresh, &header.mask, &header.pad])?;
+    let old = known.and_then(|at| session.receiving.hash_keys.get(at));
+    let Some(tag_key) = fresh.as_ref().or(old.map(|old| &old.key)) else {
         return Err(HopError::Malformed);
     };
-    let expected = masked(tag_key.tag(header_bytes, ciphertext), mask.expose());
-    if !bool::from(expected.ct_eq(tag)) {
+    let expected = masked(tag_key.tag(&hop.header, &hop.ciphertext), mask.expose());
+    if !bool::from(expected.ct_eq(&hop.tag)) {
         return Err(HopError::BadTag);
     }
     cx.store.follow(&stream, &spans).map_err(HopError::Misuse)?;
-    if fresh_key.is_some() {
-        session.receiving.hash_key = fresh_key;
+    if let Some(key) = fresh {
+        let keys = &mut session.receiving.hash_keys;
+        keys.truncate(1);
+        let spans = header.hash_key.clone();
+        keys.insert(0, HashKey { spans, key });
     }
     session
         .receiving
@@ -240,9 +285,24 @@ pub(crate) fn receive(
         .insert(header.sequence, header.sequence + 1);
     // The pad's own buffer becomes the key file: no third copy of either exists.
     let mut key_file = pad;
-    cx.backend.xor_in_place(key_file.expose_mut(), ciphertext);
+    cx.backend
+        .xor_in_place(key_file.expose_mut(), &hop.ciphertext);
     cx.send(peer, &taken);
     Ok(Some((header, key_file)))
+}
+
+/// Whether lengths and numbers can be. Spans stand in the order in which an owner takes them, so that
+/// no row is opened twice for one hop.
+fn is_well_formed(header: &RelayHeader, ciphertext_bytes: usize) -> bool {
+    let ascending = |spans: &[KeySpan]| {
+        spans.len() <= MAX_ITEMS && spans.windows(2).all(|pair| pair[0] < pair[1])
+    };
+    total(&header.pad) == Some(ciphertext_bytes as u64)
+        && total(&header.mask) == Some(u64::from(TAG_BYTES))
+        && total(&header.hash_key) == Some(u64::from(TAG_BYTES))
+        && [&header.pad, &header.mask, &header.hash_key].map(|spans| ascending(spans)) == [true; 3]
+        && header.sequence < u64::MAX
+        && header.segment.0 < u64::MAX
 }
 
 fn total(spans: &[KeySpan]) -> Option<u64> {

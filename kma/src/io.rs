@@ -233,12 +233,16 @@ pub enum SupplyError {
     /// A key exists, but not for this application.
     #[error("a key is not for this application")]
     NotForYou,
-    /// The node that would know is out of reach. Try again later.
+    /// The node that would know is out of reach, or has yet to vouch for this node's marks since it
+    /// was started. Try again later.
     #[error("the node that gave the key ID is out of reach")]
     Unreachable,
     /// The key cannot be read now (key memory full, or the store failed).
     #[error("the key cannot be read")]
     Unreadable,
+    /// No application or no key in the order, or more of them than one order may have.
+    #[error("an order for none, or for too many")]
+    BadOrder,
 }
 
 /// What an operator should know.
@@ -276,8 +280,9 @@ pub enum Alarm {
         /// The peer.
         peer: NodeId,
     },
-    /// The peer's mark is below what it used: its store was restored or cloned. Nothing is taken
-    /// from it or used towards it until an operator has voided the link.
+    /// The peer's marks are behind what it used, or this node's: one of the two stores was restored
+    /// from a copy, or cloned. Nothing is taken from the other or used towards it until an operator
+    /// has voided the link, by replacing that store.
     PeerRolledBack {
         /// The peer.
         peer: NodeId,
@@ -305,6 +310,13 @@ impl Cx<'_> {
             peer: peer.clone(),
             bytes,
         });
+    }
+
+    /// A store that is of no use any more fails the next commit; one that is full does not.
+    pub(crate) fn fail_if_final(&mut self, error: VaultError) {
+        if error.is_final() {
+            self.failed.get_or_insert(error);
+        }
     }
 
     pub(crate) fn alarm(&mut self, alarm: Alarm) {

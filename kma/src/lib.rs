@@ -17,6 +17,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod confirm;
 mod digest;
 mod hop;
 mod io;
@@ -26,8 +27,10 @@ mod relay;
 mod session;
 mod state;
 pub mod store;
+mod stream;
 mod supply;
 mod sync;
+mod used;
 pub mod vault;
 mod wire;
 
@@ -40,7 +43,7 @@ pub use io::{
     Settlement, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
 pub use record::{Binding, BurnReason, DiscardReason, Purpose, Record, Stage, StoredSegment};
-pub use state::Accounts;
+pub use stream::Accounts;
 
 /// What was not answered is said again after this time.
 pub(crate) const RESEND_AFTER: Duration = Duration::from_millis(500);

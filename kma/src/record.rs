@@ -68,13 +68,6 @@ pub enum Record {
         /// Its number.
         segment: SegmentNumber,
     },
-    /// The matching KMA knows that the segment is confirmed.
-    PeerConfirmed {
-        /// Its stream.
-        stream: StreamId,
-        /// Its number.
-        segment: SegmentNumber,
-    },
     /// The segment is void; none of its bits was or will be used.
     Discarded {
         /// Its stream.
@@ -129,10 +122,19 @@ pub enum Record {
     },
     /// A bound key is about to leave to an application; it never leaves to it again.
     Delivered {
+        /// The owner's KMA.
+        source: NodeId,
         /// The key.
         key_id: KsaKeyId,
         /// The application.
         application: AppId,
+    },
+    /// A received binding that no application fetched made room for later ones.
+    Forgotten {
+        /// The owner's KMA.
+        source: NodeId,
+        /// The key.
+        key_id: KsaKeyId,
     },
     /// Both ends are done with the segment; its row is erased.
     Closed {
@@ -140,6 +142,14 @@ pub enum Record {
         stream: StreamId,
         /// Its number.
         segment: SegmentNumber,
+    },
+    /// A part of everything that the records before added up to; the parts stand first in a journal
+    /// that was compacted.
+    Snapshot {
+        /// Parts that follow this one.
+        more: u32,
+        /// This part of the encoded state.
+        part: Vec<u8>,
     },
 }
 
@@ -199,6 +209,8 @@ pub enum BurnReason {
     Closed,
     /// The matching KMA's store was replaced.
     PeerStoreReplaced,
+    /// The store cannot read it any more.
+    Unreadable,
 }
 
 /// Why a segment was discarded.
@@ -218,6 +230,8 @@ pub enum DiscardReason {
     RelayFailed,
     /// The matching KMA's store was replaced.
     PeerStoreReplaced,
+    /// The store has no room for it, or cannot write it.
+    NotStored,
 }
 
 /// Bits that were given a key ID for applications.

@@ -6,7 +6,7 @@
 //! burns what lies below and was never used (dead leases), and only then is pad taken. Nothing is
 //! sent again across sessions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use qkd_kernels::TagKey;
 use qkd_keyfile::{KeySpan, Mono, NodeId, SegmentNumber, StreamId, metadata::KeyType};
@@ -16,9 +16,12 @@ use crate::{
     digest::session_id,
     io::{Alarm, Cx},
     ranges::RangeSet,
-    record::{BurnReason, Stage},
-    wire::{MAX_ITEMS, Mark, Message, VERSION},
+    record::BurnReason,
+    wire::{MAX_ITEMS, Mark, Marks, Message, VERSION},
 };
+
+/// Parts of one round of marks, at most.
+const PARTS_MAX: u32 = 1 << 12;
 
 /// Who this process is.
 #[derive(Debug, Clone, Copy)]
@@ -37,8 +40,14 @@ pub(crate) struct Session {
     id: Option<u64>,
     /// When the marks were said last, until the peer has taken them.
     marks_said: Option<Mono>,
+    /// Counts the times that they were said.
+    round: u32,
     marks_seen: bool,
-    /// The peer used more than its durable mark says: nothing goes on with it.
+    /// Parts of the round of marks that is coming in.
+    parts_seen: (u32, BTreeSet<u32>),
+    /// The peer took our marks once since this process began: they are not behind what it saw.
+    vouched: bool,
+    /// One store is behind what the other saw used: nothing goes on between them.
     quarantined: bool,
     pub(crate) sending: Sending,
     pub(crate) receiving: Receiving,
@@ -48,8 +57,17 @@ pub(crate) struct Session {
 #[derive(Debug, Default)]
 pub(crate) struct Sending {
     pub(crate) next_sequence: u64,
-    pub(crate) hash_key: Option<(KeySpan, TagKey)>,
+    pub(crate) hash_key: Option<HashKey>,
+    /// Tags made with the hash key.
+    pub(crate) tags: u64,
     pub(crate) unacknowledged: BTreeMap<u64, SentHop>,
+}
+
+/// A hash key, and the pad that it was.
+#[derive(Debug)]
+pub(crate) struct HashKey {
+    pub(crate) spans: Vec<KeySpan>,
+    pub(crate) key: TagKey,
 }
 
 /// A hop that the peer has yet to acknowledge.
@@ -57,14 +75,15 @@ pub(crate) struct Sending {
 pub(crate) struct SentHop {
     pub(crate) message: Vec<u8>,
     /// Segments that its pad is from.
-    pub(crate) segments: Vec<SegmentNumber>,
+    pub(crate) segments: BTreeSet<SegmentNumber>,
     pub(crate) sent: Mono,
 }
 
 /// Hops from the peer.
 #[derive(Debug, Default)]
 pub(crate) struct Receiving {
-    pub(crate) hash_key: Option<(KeySpan, TagKey)>,
+    /// The last two: hops under the one before may come after the first under the last.
+    pub(crate) hash_keys: Vec<HashKey>,
     /// Sequences accepted.
     pub(crate) accepted: RangeSet,
 }
@@ -89,7 +108,10 @@ impl Session {
             connected: false,
             id: None,
             marks_said: None,
+            round: 0,
             marks_seen: false,
+            parts_seen: (0, BTreeSet::new()),
+            vouched: false,
             quarantined: false,
             sending: Sending::default(),
             receiving: Receiving::default(),
@@ -128,6 +150,17 @@ impl Session {
         self.id.filter(|_| self.marks_seen && !self.quarantined)
     }
 
+    /// Whether keys may be cut for applications, also while the peer is out of reach: not before it
+    /// took this process's marks once, for a store restored from a copy would give out old bits.
+    pub(crate) fn may_supply(&self) -> bool {
+        self.vouched && !self.quarantined
+    }
+
+    /// Whether nothing is agreed with the peer any more.
+    pub(crate) fn is_quarantined(&self) -> bool {
+        self.quarantined
+    }
+
     /// The peer's greeting.
     pub(crate) fn greeted(
         &mut self,
@@ -153,6 +186,8 @@ impl Session {
         }
         self.id = Some(id);
         self.marks_seen = false;
+        self.quarantined = false;
+        self.parts_seen = (0, BTreeSet::new());
         self.sending = Sending::default();
         self.receiving = Receiving::default();
         self.say_marks(cx, id);
@@ -166,9 +201,36 @@ impl Session {
         }
     }
 
-    /// Of every segment owned: the mark, and the first byte of a binding that is on its way. Counted
-    /// anew whenever they are said: keys may be bound meanwhile.
+    /// Of every segment owned and not taken to the end: the mark, and the first byte of a binding
+    /// that is on its way. Counted anew whenever they are said: keys may be bound meanwhile.
     fn say_marks(&mut self, cx: &mut Cx<'_>, session: u64) {
+        let marks = self.marks_now(cx);
+        let peer = cx.store.state().peers.get(&self.peer);
+        let bindings_next = peer.map_or(0, |p| p.bindings_sent);
+        let first = peer.and_then(|p| p.outbox.first_key_value());
+        let bindings_known = first.map_or(bindings_next, |(&first, _)| first);
+        self.round = self.round.wrapping_add(1);
+        let mut chunks: Vec<Vec<Mark>> = marks.chunks(MAX_ITEMS).map(<[Mark]>::to_vec).collect();
+        if chunks.is_empty() {
+            chunks.push(Vec::new());
+        }
+        let parts = u32::try_from(chunks.len()).unwrap_or(u32::MAX);
+        for (part, marks) in (0..parts).zip(chunks) {
+            let message = Message::Marks(Marks {
+                session,
+                round: self.round,
+                part,
+                parts,
+                bindings_known,
+                bindings_next,
+                marks,
+            });
+            cx.send(&self.peer, &message);
+        }
+        self.marks_said = Some(cx.now.mono);
+    }
+
+    fn marks_now(&self, cx: &Cx<'_>) -> Vec<Mark> {
         let outbox = cx.store.state().peers.get(&self.peer).map(|p| &p.outbox);
         let mut bound: BTreeMap<(&StreamId, SegmentNumber), u32> = BTreeMap::new();
         for binding in outbox.into_iter().flat_map(BTreeMap::values) {
@@ -181,69 +243,96 @@ impl Session {
             if id.peer_of(cx.me) != Some(&self.peer) {
                 continue;
             }
-            for (&number, segment) in &stream.segments {
-                let owned =
-                    segment.key_type == KeyType::Encrypting && segment.stage == Stage::Confirmed;
-                if owned && marks.len() < MAX_ITEMS {
-                    let limit = bound.get(&(id, number)).copied().unwrap_or(u32::MAX);
-                    marks.push(Mark {
-                        stream: id.clone(),
-                        segment: number,
-                        mark_bytes: segment.mark_bytes,
-                        dead_below_bytes: segment.mark_bytes.min(limit),
-                    });
-                }
+            for &number in &stream.open {
+                let mark_bytes = stream.segments.get(&number).map_or(0, |s| s.mark_bytes);
+                let limit = bound.get(&(id, number)).copied().unwrap_or(u32::MAX);
+                marks.push(Mark {
+                    stream: id.clone(),
+                    segment: number,
+                    mark_bytes,
+                    dead_below_bytes: mark_bytes.min(limit),
+                });
             }
         }
-        cx.send(&self.peer, &Message::Marks { session, marks });
-        self.marks_said = Some(cx.now.mono);
+        marks
     }
 
-    /// The peer's marks: burns its dead leases, or finds that its store went back in time.
-    pub(crate) fn marks(&mut self, cx: &mut Cx<'_>, session: u64, marks: &[Mark]) {
-        if self.id != Some(session) {
+    /// A part of the peer's marks: burns its dead leases, or finds that a store went back in time.
+    pub(crate) fn marks(&mut self, cx: &mut Cx<'_>, marks: &Marks) {
+        if self.id != Some(marks.session) || marks.parts > PARTS_MAX || marks.part >= marks.parts {
             return;
         }
-        if !self.marks_seen {
-            for mark in marks {
-                self.mark(cx, mark);
+        let session = marks.session;
+        if !self.marks_seen && !self.quarantined {
+            if self.are_behind(cx, marks) {
+                self.quarantine(cx);
+            } else {
+                self.burn_dead(cx, marks);
             }
-            self.marks_seen = true;
         }
-        if !self.quarantined {
+        if self.quarantined {
+            cx.send(&self.peer, &Message::RolledBack { session });
+        } else if self.marks_seen {
             cx.send(&self.peer, &Message::MarksTaken { session });
         }
     }
 
-    fn mark(&mut self, cx: &mut Cx<'_>, mark: &Mark) {
-        if mark.stream.peer_of(cx.me) != Some(&self.peer) {
-            return;
+    fn burn_dead(&mut self, cx: &mut Cx<'_>, marks: &Marks) {
+        for mark in &marks.marks {
+            cx.store.burn_below(
+                &mark.stream,
+                mark.segment,
+                mark.dead_below_bytes,
+                BurnReason::DeadLease,
+            );
         }
-        let Some(segment) = cx.store.segment(&mark.stream, mark.segment) else {
-            return;
+        let (round, parts) = &mut self.parts_seen;
+        if *round != marks.round {
+            *round = marks.round;
+            parts.clear();
+        }
+        parts.insert(marks.part);
+        self.marks_seen = parts.len() >= marks.parts as usize;
+    }
+
+    /// Whether the marks cannot be, unless one of the two stores was restored from a copy: what was
+    /// used once is used, and the owner forgets a segment after the other end, never before.
+    fn are_behind(&self, cx: &Cx<'_>, marks: &Marks) -> bool {
+        let received = cx.store.state().peers.get(&self.peer);
+        let received = received.map_or(0, |p| p.bindings_received);
+        let ours = |mark: &&Mark| mark.stream.peer_of(cx.me) == Some(&self.peer);
+        let behind = |mark: &Mark| match cx.store.segment(&mark.stream, mark.segment) {
+            Some(segment) => {
+                segment.key_type == KeyType::Decrypting && segment.is_used_beyond(mark.mark_bytes)
+            }
+            None => true,
         };
-        if segment.key_type != KeyType::Decrypting {
-            return;
-        }
-        if segment.followed.end() > u64::from(mark.mark_bytes) {
+        received > marks.bindings_next
+            || received < marks.bindings_known
+            || marks.marks.iter().filter(ours).any(behind)
+    }
+
+    fn quarantine(&mut self, cx: &mut Cx<'_>) {
+        if !self.quarantined {
             self.quarantined = true;
             cx.alarm(Alarm::PeerRolledBack {
                 peer: self.peer.clone(),
             });
-            return;
         }
-        cx.store.burn_below(
-            &mark.stream,
-            mark.segment,
-            mark.dead_below_bytes,
-            BurnReason::DeadLease,
-        );
+    }
+
+    /// The peer saw more used than our marks say.
+    pub(crate) fn rolled_back(&mut self, cx: &mut Cx<'_>, session: u64) {
+        if self.id == Some(session) {
+            self.quarantine(cx);
+        }
     }
 
     /// The peer took our marks: pad may be taken.
     pub(crate) fn marks_taken(&mut self, session: u64) {
-        if self.id == Some(session) {
+        if self.id == Some(session) && !self.quarantined {
             self.marks_said = None;
+            self.vouched = true;
         }
     }
 
@@ -254,12 +343,10 @@ impl Session {
         }
     }
 
-    /// Whether a hop in flight carries pad of this segment.
-    pub(crate) fn in_flight(&self, segment: SegmentNumber) -> bool {
-        self.sending
-            .unacknowledged
-            .values()
-            .any(|hop| hop.segments.contains(&segment))
+    /// Segments that hops in flight carry pad of.
+    pub(crate) fn in_flight(&self) -> BTreeSet<SegmentNumber> {
+        let hops = self.sending.unacknowledged.values();
+        hops.flat_map(|hop| &hop.segments).copied().collect()
     }
 
     /// Repeats what is due: all of it when the connection is new.
@@ -271,6 +358,7 @@ impl Session {
         let due = |sent: Mono| everything || now.since(sent) >= RESEND_AFTER;
         if let (Some(said), Some(session)) = (self.marks_said, self.id)
             && due(said)
+            && !self.quarantined
         {
             self.say_marks(cx, session);
         }

@@ -4,21 +4,35 @@
 //! reply leaves. An outbox says the bindings again, in sequence, until the destination has them,
 //! also after a restart. An ID without a binding is asked about once, at the node that gave it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use qkd_keyfile::{Entropy, KsaKeyId, LinkId, Mono, NodeId, StreamId};
+use qkd_keyfile::{AppId, Entropy, KsaKeyId, LinkId, Mono, NodeId, StreamId};
+use qkd_secmem::KeyBuf;
 
 use crate::{
     RESEND_AFTER,
     io::{Alarm, Cx, KmaConfig, Output, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder},
-    record::{Binding, Stage},
+    record::{Binding, Purpose, Stage},
     relay::stream_of,
     session::Session,
-    wire::Message,
+    store::{KeyOrder, KeyPlan, ReadError},
+    wire::{MAX_APPLICATIONS, MAX_ITEMS, Message},
 };
 
-/// Bindings in one message.
-const BINDINGS_MAX: usize = 512;
+/// Keys, or key IDs, in one order.
+const KEYS_MAX: usize = 1024;
+
+/// Bindings that no destination has acknowledged, at most, per destination; then no key is cut.
+const OUTBOX_MAX: usize = 1 << 16;
+
+/// Bindings on their way to one destination at a time.
+const WINDOW: usize = MAX_ITEMS;
+
+/// Bindings in one message: their number, and about how many bytes.
+const BATCH_MAX: (usize, usize) = (512, 256 << 10);
 
 /// How long the node that gave an ID is waited for.
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
@@ -26,12 +40,23 @@ const ASK_PATIENCE: Duration = Duration::from_secs(2);
 /// Requests by ID that wait for another node, at most; the rest are answered at once.
 const ASKING_MAX: usize = 1024;
 
+/// About the bytes of a name in a message, at most.
+const NAMES_BYTES: usize = 66;
+
 /// The supply side of a KMA.
 #[derive(Debug, Default)]
 pub(crate) struct Supply {
-    /// How far the outbox was sent to each node, and when.
-    sent: BTreeMap<NodeId, (u64, Mono)>,
+    sent: BTreeMap<NodeId, Sent>,
     asking: Vec<Asking>,
+}
+
+/// How far the outbox was sent to a node.
+#[derive(Debug, Default)]
+struct Sent {
+    /// The sequence after the last one sent.
+    next: u64,
+    /// When it was sent from the start.
+    again: Mono,
 }
 
 /// A request by ID that waits for the node that gave the IDs.
@@ -47,10 +72,11 @@ impl Supply {
         &mut self,
         cx: &mut Cx<'_>,
         config: &KmaConfig,
+        sessions: &BTreeMap<NodeId, Session>,
         entropy: &mut dyn Entropy,
         order: &SupplyOrder,
     ) {
-        let result = cut(cx, config, entropy, order);
+        let result = may_cut(cx, sessions, order).and_then(|()| cut(cx, config, entropy, order));
         self.send_bindings(cx, &order.destination, false);
         cx.out.push(Output::Supplied {
             order: order.order,
@@ -65,6 +91,9 @@ impl Supply {
         sessions: &BTreeMap<NodeId, Session>,
         order: SupplyByIdOrder,
     ) {
+        if order.key_ids.is_empty() || order.key_ids.len() > KEYS_MAX {
+            return reply(cx, order.order, Err(SupplyError::BadOrder));
+        }
         match fetch(cx, &order) {
             Err(SupplyError::UnknownKeyId) if self.asking.len() < ASKING_MAX => {}
             result => return reply(cx, order.order, result),
@@ -85,7 +114,11 @@ impl Supply {
     /// A node asks whether IDs are bound: what is bound goes out first.
     pub(crate) fn asked(&mut self, cx: &mut Cx<'_>, peer: &NodeId, key_ids: Vec<KsaKeyId>) {
         self.send_bindings(cx, peer, true);
-        cx.send(peer, &Message::AskedBindings { key_ids });
+        let peers = &cx.store.state().peers;
+        // Those that do not fit the window are on their way later: no answer yet.
+        if peers.get(peer).is_none_or(|p| p.outbox.len() <= WINDOW) {
+            cx.send(peer, &Message::AskedBindings { key_ids });
+        }
     }
 
     /// The node has answered: what is not bound now does not exist.
@@ -112,11 +145,8 @@ impl Supply {
             .map(|(node, _)| node.clone())
             .collect();
         for node in nodes {
-            let stale = self
-                .sent
-                .get(&node)
-                .is_none_or(|(_, at)| cx.now.mono.since(*at) >= RESEND_AFTER);
-            if stale {
+            let sent = self.sent.get(&node);
+            if sent.is_none_or(|sent| cx.now.mono.since(sent.again) >= RESEND_AFTER) {
                 self.send_bindings(cx, &node, true);
             }
         }
@@ -135,24 +165,36 @@ impl Supply {
         self.send_bindings(cx, node, true);
     }
 
-    /// Sends the outbox: what was not sent yet, or all of it `again`.
+    /// Sends the outbox as far as the window reaches: what was not sent yet, or all of it `again`.
     fn send_bindings(&mut self, cx: &mut Cx<'_>, node: &NodeId, again: bool) {
         let Some(peer) = cx.store.state().peers.get(node) else {
             return;
         };
-        let sent = self.sent.get(node).map_or(0, |(next, _)| *next);
-        let from = if again { 0 } else { sent };
-        let messages: Vec<(u64, Vec<Binding>)> = peer
-            .outbox
-            .range(from..)
-            .map(|(&sequence, binding)| (sequence, binding.clone()))
-            .collect::<Vec<_>>()
-            .chunks(BINDINGS_MAX)
-            .map(|chunk| (chunk[0].0, chunk.iter().map(|(_, b)| b.clone()).collect()))
-            .collect();
-        self.sent
-            .insert(node.clone(), (peer.bindings_sent, cx.now.mono));
-        for (first, bindings) in messages {
+        let sent = self.sent.entry(node.clone()).or_default();
+        if again {
+            *sent = Sent {
+                next: 0,
+                again: cx.now.mono,
+            };
+        }
+        let mut batches: Vec<(u64, Vec<Binding>)> = Vec::new();
+        let mut bytes = 0;
+        for (&sequence, binding) in peer.outbox.iter().take(WINDOW) {
+            if sequence < sent.next {
+                continue;
+            }
+            sent.next = sequence + 1;
+            let room = |batch: &Vec<Binding>| batch.len() < BATCH_MAX.0 && bytes < BATCH_MAX.1;
+            match batches.last_mut().filter(|(_, batch)| room(batch)) {
+                Some((_, batch)) => batch.push(binding.clone()),
+                None => {
+                    bytes = 0;
+                    batches.push((sequence, vec![binding.clone()]));
+                }
+            }
+            bytes += NAMES_BYTES * (4 + binding.applications.len());
+        }
+        for (first, bindings) in batches {
             cx.send(node, &Message::Bindings { first, bindings });
         }
     }
@@ -165,17 +207,18 @@ impl Supply {
         first: u64,
         bindings: Vec<Binding>,
     ) {
-        for (sequence, binding) in (first..).zip(bindings) {
+        for (at, binding) in (0..).zip(bindings) {
             let next = next_expected(cx, peer);
-            if sequence < next {
-                continue;
+            match first.checked_add(at) {
+                Some(sequence) if sequence < next => continue,
+                Some(sequence) if sequence == next => {}
+                _ => break,
             }
-            if sequence > next {
-                break;
-            }
+            let sequence = next;
+            let received = &cx.store.state().received;
             let theirs = binding.stream.peer_of(cx.me) == Some(peer)
                 && !binding.applications.is_empty()
-                && !cx.store.state().received.contains_key(&binding.key_id);
+                && !received.contains_key(&(peer.clone(), binding.key_id));
             let misuse = if theirs {
                 cx.store.receive_binding(peer, sequence, binding).err()
             } else {
@@ -195,6 +238,7 @@ impl Supply {
     pub(crate) fn bindings_taken(&mut self, cx: &mut Cx<'_>, peer: &NodeId, next: u64) {
         if let Some(through) = next.checked_sub(1) {
             cx.store.bindings_acknowledged(peer, through);
+            self.send_bindings(cx, peer, false);
         }
     }
 }
@@ -208,7 +252,28 @@ fn reply(cx: &mut Cx<'_>, order: u64, result: Result<Vec<SuppliedKey>, SupplyErr
     cx.out.push(Output::Supplied { order, result });
 }
 
-/// Takes, reads and binds every key of an order, or none.
+/// Whether keys may be cut for an order at all.
+fn may_cut(
+    cx: &Cx<'_>,
+    sessions: &BTreeMap<NodeId, Session>,
+    order: &SupplyOrder,
+) -> Result<(), SupplyError> {
+    let number = order.number as usize;
+    if !(1..=KEYS_MAX).contains(&number)
+        || !(1..=MAX_APPLICATIONS).contains(&order.applications.len())
+    {
+        return Err(SupplyError::BadOrder);
+    }
+    let vouched = sessions.get(&order.destination).map(Session::may_supply);
+    let peers = &cx.store.state().peers;
+    let waiting = peers.get(&order.destination).map_or(0, |p| p.outbox.len());
+    if vouched == Some(false) || waiting + number > OUTBOX_MAX {
+        return Err(SupplyError::Unreachable);
+    }
+    Ok(())
+}
+
+/// Plans, reads, takes and binds every key of an order, or none.
 fn cut(
     cx: &mut Cx<'_>,
     config: &KmaConfig,
@@ -216,17 +281,25 @@ fn cut(
     order: &SupplyOrder,
 ) -> Result<Vec<SuppliedKey>, SupplyError> {
     let len_bytes = u32::try_from(order.size.bytes()).unwrap_or(u32::MAX);
-    let (stream, floor_bytes) = stock_for(cx, config, order, len_bytes)?;
-    let mut keys = Vec::with_capacity(order.number as usize);
-    for _ in 0..order.number {
-        let span = cx
-            .store
-            .take_key(&stream, len_bytes, floor_bytes)
-            .map_err(|_| not_enough(order))?;
-        let key = cx.store.read_all(&stream, &[span]).map_err(|error| {
-            tracing::error!(%error, "key cannot be read");
-            SupplyError::Unreadable
-        })?;
+    let (stream, plan) = plan_for(cx, config, order, len_bytes)?;
+    let spans: Vec<_> = plan.keys().collect();
+    let keys: Result<Vec<KeyBuf>, ReadError> = spans
+        .iter()
+        .map(|&span| cx.store.read_all(&stream, &[span]))
+        .collect();
+    let keys = keys.map_err(|error| {
+        tracing::error!(%error, "key cannot be read");
+        cx.store.burn_unreadable(&stream, &spans);
+        SupplyError::Unreadable
+    })?;
+    let applications = distinct(&order.applications);
+    let mut supplied = Vec::with_capacity(keys.len());
+    let mut keys = keys.into_iter();
+    for &(span, purpose) in &plan.0 {
+        cx.store.take(&stream, &[span], purpose);
+        if purpose != Purpose::Supply {
+            continue;
+        }
         let mut random = [0; 16];
         entropy.fill(&mut random);
         let key_id = KsaKeyId::from_random(random);
@@ -235,12 +308,18 @@ fn cut(
             stream: stream.clone(),
             span,
             master: order.master.clone(),
-            applications: order.applications.clone(),
+            applications: applications.clone(),
         };
         cx.store.bind(&order.destination, binding);
-        keys.push(SuppliedKey { key_id, key });
+        supplied.extend(keys.next().map(|key| SuppliedKey { key_id, key }));
     }
-    Ok(keys)
+    Ok(supplied)
+}
+
+fn distinct(applications: &[AppId]) -> Vec<AppId> {
+    let mut seen = BTreeSet::new();
+    let first = |app: &&AppId| seen.insert((*app).clone());
+    applications.iter().filter(first).cloned().collect()
 }
 
 fn not_enough(order: &SupplyOrder) -> SupplyError {
@@ -249,13 +328,14 @@ fn not_enough(order: &SupplyOrder) -> SupplyError {
     }
 }
 
-/// The stream that can serve the whole order: the link of a neighbour, or end-to-end stock.
-fn stock_for(
+/// The stream that can serve the whole order, the link of a neighbour or end-to-end stock, and what
+/// to take from it.
+fn plan_for(
     cx: &Cx<'_>,
     config: &KmaConfig,
     order: &SupplyOrder,
     len_bytes: u32,
-) -> Result<(StreamId, u64), SupplyError> {
+) -> Result<(StreamId, KeyPlan), SupplyError> {
     let destination = &order.destination;
     let mut candidates = Vec::new();
     if config.remotes.contains_key(destination) {
@@ -271,18 +351,22 @@ fn stock_for(
             destination: destination.clone(),
         });
     }
-    candidates
-        .into_iter()
-        .find(|(stream, floor)| {
-            cx.store
-                .can_cut(stream, len_bytes, order.number, *floor, order.level)
-        })
-        .ok_or_else(|| not_enough(order))
+    let mut plans = candidates.into_iter().filter_map(|(stream, floor_bytes)| {
+        let keys = KeyOrder {
+            number: order.number,
+            len_bytes,
+            floor_bytes,
+            level: order.level,
+        };
+        let plan = cx.store.plan_keys(&stream, keys).ok()?;
+        Some((stream, plan))
+    });
+    plans.next().ok_or_else(|| not_enough(order))
 }
 
 /// Reads and tombstones the keys of an order by ID, or nothing.
 fn fetch(cx: &mut Cx<'_>, order: &SupplyByIdOrder) -> Result<Vec<SuppliedKey>, SupplyError> {
-    let distinct: std::collections::BTreeSet<_> = order.key_ids.iter().collect();
+    let distinct: BTreeSet<_> = order.key_ids.iter().collect();
     if distinct.len() != order.key_ids.len() {
         return Err(SupplyError::UnknownKeyId);
     }
@@ -291,7 +375,7 @@ fn fetch(cx: &mut Cx<'_>, order: &SupplyByIdOrder) -> Result<Vec<SuppliedKey>, S
             .store
             .state()
             .received
-            .get(key_id)
+            .get(&(order.source.clone(), *key_id))
             .ok_or(SupplyError::UnknownKeyId)?;
         let binding = &received.binding;
         if binding.master != order.master || !binding.applications.contains(&order.application) {
@@ -310,7 +394,8 @@ fn fetch(cx: &mut Cx<'_>, order: &SupplyByIdOrder) -> Result<Vec<SuppliedKey>, S
     }
     let mut keys = Vec::with_capacity(order.key_ids.len());
     for &key_id in &order.key_ids {
-        let Some(received) = cx.store.state().received.get(&key_id) else {
+        let at = (order.source.clone(), key_id);
+        let Some(received) = cx.store.state().received.get(&at) else {
             return Err(SupplyError::UnknownKeyId);
         };
         let (stream, span) = (received.binding.stream.clone(), received.binding.span);
@@ -321,7 +406,7 @@ fn fetch(cx: &mut Cx<'_>, order: &SupplyByIdOrder) -> Result<Vec<SuppliedKey>, S
         keys.push(SuppliedKey { key_id, key });
     }
     for key_id in &order.key_ids {
-        cx.store.deliver(*key_id, &order.application);
+        cx.store.deliver(&order.source, *key_id, &order.application);
     }
     Ok(keys)
 }

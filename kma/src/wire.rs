@@ -17,13 +17,16 @@ use serde::{Deserialize, Serialize};
 use crate::record::Binding;
 
 /// Version of the messages.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
 
 /// Longest message that is taken, in bytes.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
 /// Most items of one list in a message.
 pub(crate) const MAX_ITEMS: usize = 4096;
+
+/// Most applications that one key is for, at the destination.
+pub(crate) const MAX_APPLICATIONS: usize = 64;
 
 /// A message between two nodes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,11 +39,13 @@ pub(crate) enum Message {
         /// The sender's process.
         boot: [u8; 16],
     },
-    /// For each segment that the sender owns: its durable mark. First in a new link session, per
-    /// direction.
-    Marks { session: u64, marks: Vec<Mark> },
+    /// How far the sender has taken the bits that it owns, and how far its bindings are known. First
+    /// in a new link session, per direction.
+    Marks(Marks),
     /// Dead leases below the marks are burned; the sender of [`Message::Marks`] may use pad now.
     MarksTaken { session: u64 },
+    /// The marks are behind what the sender of this saw used.
+    RolledBack { session: u64 },
 
     // Key synchronisation on a link.
     /// QKD-keys that the sender holds, with their lengths in bits, and such that it dropped.
@@ -49,17 +54,11 @@ pub(crate) enum Message {
         generation: Generation,
         held: Vec<(QkdKeyId, u32)>,
         dropped: Vec<QkdKeyId>,
+        /// The sender has announced all that it holds, on this connection.
+        complete: bool,
     },
     /// The proposer's half of the comparison.
-    Propose {
-        segment: SegmentNumber,
-        composition: Composition,
-        /// What the proposer will hold; the answerer holds the opposite.
-        proposer_key_type: KeyType,
-        kma_key_id: KmaKeyId,
-        unit_bytes: u32,
-        tag: [u8; 16],
-    },
+    Propose(Propose),
     /// The answerer's half; `tag` is zero unless the verdict is [`Verdict::Match`] or
     /// [`Verdict::Differ`].
     Answer {
@@ -75,11 +74,6 @@ pub(crate) enum Message {
         stream: StreamId,
         segment: SegmentNumber,
         release: [u8; 16],
-    },
-    /// The receiver of the commit has confirmed.
-    Committed {
-        stream: StreamId,
-        segment: SegmentNumber,
     },
     /// The sender holds these, answered, and has had no commit.
     Pending {
@@ -103,14 +97,8 @@ pub(crate) enum Message {
     },
 
     // Key relay.
-    /// One hop of a relay. `header` is an encoded [`RelayHeader`]; the tag covers it.
-    Relay {
-        #[serde(with = "serde_bytes_vec")]
-        header: Vec<u8>,
-        #[serde(with = "serde_bytes_vec")]
-        ciphertext: Vec<u8>,
-        tag: [u8; 16],
-    },
+    /// One hop of a relay.
+    Relay(SealedHop),
     /// The hop was accepted (its pad is burned) or was accepted before.
     HopTaken { session: u64, sequence: u64 },
     /// A unit cannot be carried further; goes back along its route.
@@ -136,6 +124,24 @@ pub(crate) enum Message {
     AskedBindings { key_ids: Vec<KsaKeyId> },
 }
 
+/// A part of what the owner of bits tells when a link session begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Marks {
+    pub(crate) session: u64,
+    /// Counts the times that the marks are said; parts of different rounds do not fit together.
+    pub(crate) round: u32,
+    /// This part, from 0.
+    pub(crate) part: u32,
+    /// All parts.
+    pub(crate) parts: u32,
+    /// The sender has acknowledgements of all bindings before this one.
+    pub(crate) bindings_known: u64,
+    /// The sequence of the next binding.
+    pub(crate) bindings_next: u64,
+    /// All segments that the sender owns and has not taken to the end.
+    pub(crate) marks: Vec<Mark>,
+}
+
 /// How far the owner of a segment has taken its bits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Mark {
@@ -145,6 +151,29 @@ pub(crate) struct Mark {
     pub(crate) mark_bytes: u32,
     /// Nothing below it is still on its way: what was not used there is dead.
     pub(crate) dead_below_bytes: u32,
+}
+
+/// The proposer's half of a comparison.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Propose {
+    pub(crate) segment: SegmentNumber,
+    pub(crate) composition: Composition,
+    /// What the proposer will hold; the answerer holds the opposite.
+    pub(crate) proposer_key_type: KeyType,
+    pub(crate) kma_key_id: KmaKeyId,
+    pub(crate) unit_bytes: u32,
+    pub(crate) tag: [u8; 16],
+}
+
+/// One hop of a relay: a key file under one-time pad.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SealedHop {
+    /// An encoded [`RelayHeader`]; the tag covers it.
+    #[serde(with = "serde_bytes_vec")]
+    pub(crate) header: Vec<u8>,
+    #[serde(with = "serde_bytes_vec")]
+    pub(crate) ciphertext: Vec<u8>,
+    pub(crate) tag: [u8; 16],
 }
 
 /// What a comparison found.
@@ -171,8 +200,9 @@ pub(crate) struct RelayHeader {
     pub(crate) route: Vec<NodeId>,
     /// The unit's number in the stream from source to destination.
     pub(crate) segment: SegmentNumber,
-    /// Where the session's hash key was taken; the same in every hop of a session and direction.
-    pub(crate) hash_key: KeySpan,
+    /// Pad of the hash key: 16 bytes, the same in every hop of a session and direction until it is
+    /// rotated.
+    pub(crate) hash_key: Vec<KeySpan>,
     /// Pad of the tag: 16 bytes.
     pub(crate) mask: Vec<KeySpan>,
     /// Pad of the key file: as long as the ciphertext.
@@ -200,22 +230,28 @@ impl Message {
     /// Whether every list is short enough to work through at once.
     fn is_bounded(&self) -> bool {
         let longest = match self {
-            Self::Marks { marks, .. } => marks.len(),
+            Self::Marks(marks) => marks.marks.len(),
             Self::Announce { held, dropped, .. } => held.len().max(dropped.len()),
-            Self::Propose { composition, .. } => composition.pieces.len(),
+            Self::Propose(propose) => propose.composition.pieces.len(),
             Self::Pending { segments, .. }
             | Self::Spent { segments, .. }
             | Self::SpentTaken { segments, .. } => segments.len(),
             Self::RelayFailed { route, .. } => route.len(),
-            Self::Bindings { bindings, .. } => bindings.len(),
+            Self::Bindings { bindings, .. } => {
+                let applications = bindings.iter().map(|b| b.applications.len());
+                if applications.max() > Some(MAX_APPLICATIONS) {
+                    return false;
+                }
+                bindings.len()
+            }
             Self::AskBinding { key_ids } | Self::AskedBindings { key_ids } => key_ids.len(),
             Self::Hello { .. }
             | Self::MarksTaken { .. }
+            | Self::RolledBack { .. }
             | Self::Answer { .. }
             | Self::Commit { .. }
-            | Self::Committed { .. }
             | Self::Void { .. }
-            | Self::Relay { .. }
+            | Self::Relay(_)
             | Self::HopTaken { .. }
             | Self::Completion { .. }
             | Self::BindingsTaken { .. } => 0,
@@ -255,11 +291,11 @@ mod tests {
 
     #[test]
     fn a_message_survives_and_every_truncation_of_it_is_refused() {
-        let message = Message::Relay {
+        let message = Message::Relay(SealedHop {
             header: vec![1, 2, 3],
             ciphertext: vec![9; 300],
             tag: [7; 16],
-        };
+        });
         let bytes = message.encode();
         assert_eq!(Message::decode(&bytes), Some(message));
         for len in 0..bytes.len() {

@@ -1,6 +1,12 @@
 //! Whole KMAs in one loop: a fake clock, a network that loses and repeats, a pipeline of a few lines.
 
-#![allow(dead_code, unreachable_pub, missing_docs)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::missing_panics_doc
+)]
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -37,6 +43,11 @@ impl Random {
 
     pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
+    }
+
+    pub fn pick<'a>(&mut self, names: &[&'a str]) -> &'a str {
+        let at = self.below(names.len() as u64);
+        names[usize::try_from(at).unwrap()]
     }
 
     pub fn one_in(&mut self, n: u64) -> bool {

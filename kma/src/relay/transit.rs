@@ -1,0 +1,116 @@
+//! Units of others, on their way through.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use qkd_keyfile::{KeyFile, KeyMetadata, Mono, NodeId, SegmentNumber};
+use qkd_secmem::KeyBuf;
+
+use super::{UNIT_TIMEOUT, next_of, send_back, unit};
+use crate::{
+    hop::{self, HopError, Leg},
+    io::{Cx, KmaConfig},
+    session::Session,
+    wire::RelayHeader,
+};
+
+/// Units from one neighbour that wait here for pad, at most; the rest fail at once. Each has its
+/// own share, so that none can fill the way for the others.
+const TRANSIT_MAX: usize = 64;
+
+/// Units that wait for pad, in order of arrival.
+#[derive(Debug, Default)]
+pub(super) struct Transits(VecDeque<Transit>);
+
+/// A unit of others that waits for pad towards the next hop.
+#[derive(Debug)]
+struct Transit {
+    from: NodeId,
+    route: Vec<NodeId>,
+    segment: SegmentNumber,
+    key_file: KeyBuf,
+    arrived: Mono,
+}
+
+impl Transits {
+    pub(super) fn push(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: &NodeId,
+        header: RelayHeader,
+        key_file: KeyBuf,
+    ) {
+        if self.0.iter().filter(|t| t.from == *from).count() >= TRANSIT_MAX {
+            return send_back(cx, &header.route, header.segment);
+        }
+        self.0.push_back(Transit {
+            from: from.clone(),
+            route: header.route,
+            segment: header.segment,
+            key_file,
+            arrived: cx.now.mono,
+        });
+    }
+
+    /// Sends units of others onwards, in order of arrival per next hop, as far as pad allows.
+    pub(super) fn carry_on(
+        &mut self,
+        cx: &mut Cx<'_>,
+        config: &KmaConfig,
+        sessions: &mut BTreeMap<NodeId, Session>,
+    ) {
+        let mut blocked: Vec<NodeId> = Vec::new();
+        let mut waiting = VecDeque::new();
+        for transit in std::mem::take(&mut self.0) {
+            let next = next_of(&transit.route, cx.me).filter(|n| config.neighbours.contains_key(n));
+            let Some(next) = next else {
+                send_back(cx, &transit.route, transit.segment);
+                continue;
+            };
+            if cx.now.mono.since(transit.arrived) > UNIT_TIMEOUT {
+                send_back(cx, &transit.route, transit.segment);
+                continue;
+            }
+            if blocked.contains(&next) || !onward(cx, config, sessions, &transit, &next) {
+                blocked.push(next);
+                waiting.push_back(transit);
+            }
+        }
+        self.0 = waiting;
+    }
+}
+
+/// Sends a unit of others one hop further; `false` if it must wait.
+fn onward(
+    cx: &mut Cx<'_>,
+    config: &KmaConfig,
+    sessions: &mut BTreeMap<NodeId, Session>,
+    transit: &Transit,
+    next: &NodeId,
+) -> bool {
+    let floor = config.neighbours.get(next).map_or(0, |l| l.floor_bytes);
+    let Ok(KeyFile {
+        metadata: KeyMetadata::Relayed(metadata),
+        key,
+        ..
+    }) = KeyFile::decode(transit.key_file.expose())
+    else {
+        send_back(cx, &transit.route, transit.segment);
+        return true;
+    };
+    let Some(session) = sessions.get_mut(next) else {
+        return false;
+    };
+    let metadata = unit::one_hop_on(cx, metadata, &transit.route);
+    let sent = unit::key_file(cx, metadata, key)
+        .ok_or(HopError::Memory)
+        .and_then(|file| {
+            let leg = Leg {
+                next,
+                floor_bytes: floor,
+                route: &transit.route,
+                segment: transit.segment,
+            };
+            hop::send(cx, session, leg, file)
+        });
+    sent.is_ok()
+}

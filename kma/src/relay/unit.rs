@@ -1,0 +1,160 @@
+//! A unit: its key file on the way, its check end to end.
+
+use qkd_keyfile::{
+    KeyFile, KeyMetadata, KeySpan, KmaKeyId, NodeId, SegmentNumber, StreamId,
+    metadata::{
+        KeyType, KmaKeyMetadata, RelayEncryption, RelayHop, RelayedKeyMetadata, SecurityLevel,
+    },
+};
+use qkd_secmem::KeyBuf;
+use subtle::ConstantTimeEq;
+
+use super::{UNIT_HEAD_BYTES, next_of};
+use crate::{io::Cx, wire::Message};
+
+/// Which half of the end-to-end check a tag is.
+const ROLE_COMPLETION: &[u8] = b"qkd-bridge/completion/1";
+
+/// Metadata of a unit that leaves its source (Y.3803 clause 8.2.3 and Table 1 (3)).
+pub(super) fn departure(
+    cx: &Cx<'_>,
+    route: &[NodeId],
+    kma_key_id: KmaKeyId,
+    unit: &KeyBuf,
+) -> RelayedKeyMetadata {
+    let destination = route.last().unwrap_or(cx.me).clone();
+    let kma_key = KmaKeyMetadata {
+        key_bits: u32::try_from(unit.len_bytes() * 8).ok(),
+        key_type: Some(KeyType::Encrypting),
+        kma: Some(cx.me.clone()),
+        generated_at: Some(cx.now.unix),
+        ..KmaKeyMetadata::new(kma_key_id, destination)
+    };
+    let first = RelayedKeyMetadata {
+        source_kma: None,
+        destination_kma: None,
+        relayed_at: None,
+        encryption: None,
+        kma_key,
+        level: SecurityLevel::Any,
+        hops: Vec::new(),
+    };
+    one_hop_on(cx, first, route)
+}
+
+/// The relay information of the next hop: replaced in the standard items, appended to the history.
+pub(super) fn one_hop_on(
+    cx: &Cx<'_>,
+    mut metadata: RelayedKeyMetadata,
+    route: &[NodeId],
+) -> RelayedKeyMetadata {
+    let to = next_of(route, cx.me).unwrap_or_else(|| cx.me.clone());
+    let encryption = RelayEncryption::OneTimePad;
+    metadata.source_kma = Some(cx.me.clone());
+    metadata.destination_kma = Some(to.clone());
+    metadata.relayed_at = Some(cx.now.unix);
+    metadata.encryption = Some(encryption);
+    metadata.hops.push(RelayHop {
+        from: cx.me.clone(),
+        to,
+        at: cx.now.unix,
+        encryption,
+    });
+    metadata
+}
+
+/// A whole key file in key memory.
+pub(super) fn key_file(cx: &Cx<'_>, metadata: RelayedKeyMetadata, unit: &[u8]) -> Option<KeyBuf> {
+    let file = KeyFile {
+        metadata: KeyMetadata::Relayed(metadata),
+        key_bits: u32::try_from(unit.len() * 8).ok()?,
+        key: unit,
+    };
+    let head = file.encode_head().ok()?;
+    let mut whole = cx.store.pool().take(head.len() + unit.len()).ok()?;
+    let (front, back) = whole.expose_mut().split_at_mut(head.len());
+    front.copy_from_slice(&head);
+    back.copy_from_slice(unit);
+    Some(whole)
+}
+
+/// POLYVAL_H over all of the unit after its head, its ID and its role, under mask 1.
+pub(super) fn completion_tag(cx: &Cx<'_>, unit: &[u8], kma_key_id: KmaKeyId) -> [u8; 16] {
+    let (head, rest) = unit.split_at(UNIT_HEAD_BYTES as usize);
+    let mut h = [0; 16];
+    h.copy_from_slice(&head[..16]);
+    let aad = [ROLE_COMPLETION, &kma_key_id.0].concat();
+    let mut tag = cx.backend.tag(&h, &aad, rest);
+    tag.iter_mut()
+        .zip(&head[16..32])
+        .for_each(|(t, mask)| *t ^= mask);
+    qkd_kernels::wipe(&mut h);
+    tag
+}
+
+/// A unit's completion, made again from the store.
+pub(crate) fn completion_again(
+    cx: &mut Cx<'_>,
+    stream: &StreamId,
+    segment: SegmentNumber,
+) -> Option<Message> {
+    let stored = cx.store.segment(stream, segment)?;
+    let (kma_key_id, len_bytes) = (stored.kma_key_id, stored.len_bytes);
+    let span = KeySpan {
+        segment,
+        offset_bytes: 0,
+        len_bytes,
+    };
+    let unit = cx.store.read_all(stream, &[span]).ok()?;
+    Some(Message::Completion {
+        stream: stream.clone(),
+        segment,
+        tag: completion_tag(cx, unit.expose(), kma_key_id),
+    })
+}
+
+/// Where mask 2 is in a unit.
+fn release_span(segment: SegmentNumber) -> KeySpan {
+    KeySpan {
+        segment,
+        offset_bytes: 32,
+        len_bytes: 16,
+    }
+}
+
+/// Tells the destination that it may use a unit, or that the unit is void.
+pub(crate) fn release_again(cx: &mut Cx<'_>, stream: &StreamId, segment: SegmentNumber) {
+    let Some(peer) = stream.peer_of(cx.me).cloned() else {
+        return;
+    };
+    let mut release = [0; 16];
+    let known = cx
+        .store
+        .read(stream, release_span(segment), &mut release)
+        .is_ok();
+    let stream = stream.clone();
+    let message = if known {
+        Message::Commit {
+            stream,
+            segment,
+            release,
+        }
+    } else {
+        Message::Void { stream, segment }
+    };
+    cx.send(&peer, &message);
+}
+
+/// Whether a release is the unit's mask 2.
+pub(crate) fn release_fits(
+    cx: &mut Cx<'_>,
+    stream: &StreamId,
+    segment: SegmentNumber,
+    release: &[u8; 16],
+) -> bool {
+    let mut expected = [0; 16];
+    cx.store
+        .read(stream, release_span(segment), &mut expected)
+        .is_ok()
+        && bool::from(expected.ct_eq(release))
+}

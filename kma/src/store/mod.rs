@@ -1,0 +1,422 @@
+//! The key store: what may be done with key bits, and the durable record of what was.
+//!
+//! A [`Store`] is the one place that takes bits out of stock. Every operation checks, records and
+//! applies; nothing that rests on it may leave the node before [`Store::commit`] has returned, which
+//! makes all of it durable with one synchronisation per file (group commit). The caller holds its
+//! messages and answers back until then, so "the mark moves past a range on disk before any byte of
+//! it is used" holds by construction, and a crash loses at most the operations of one batch.
+
+mod compact;
+mod follow;
+mod ledger;
+mod read;
+mod take;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use qkd_keyfile::{
+    AppId, Composition, KmaKeyId, KsaKeyId, NodeId, QkdKeyName, SegmentNumber, StreamId,
+    metadata::{KeyType, SecurityLevel},
+};
+use qkd_secmem::Pool;
+
+use crate::{
+    record::{DiscardReason, Record, Stage, StoredSegment},
+    state::State,
+    stream::{Accounts, Segment, Stream},
+    vault::{RowId, Vault, VaultError},
+};
+
+pub use compact::JOURNAL_LIMIT_BYTES;
+pub use follow::FollowError;
+pub use ledger::{LedgerError, read_ledger};
+pub use read::ReadError;
+pub use take::Short;
+pub(crate) use take::{KeyOrder, KeyPlan};
+
+use read::OpenRows;
+
+/// Journal bytes that are staged before a commit is brought forward: one commit takes only so many.
+const STAGED_MAX_BYTES: usize = crate::vault::MAX_COMMIT_BYTES / 4;
+
+/// Keys, their ledger and the rules for their use.
+pub struct Store {
+    vault: Box<dyn Vault>,
+    pool: Pool,
+    state: State,
+    open_rows: OpenRows,
+    staged_bytes: usize,
+    /// Why a commit that was brought forward failed.
+    failed: Option<VaultError>,
+    /// The journal is not compacted again before it is this long.
+    compact_above_bytes: u64,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A segment that this end is about to store.
+#[derive(Debug)]
+pub struct NewSegment<'a> {
+    /// Its stream.
+    pub stream: StreamId,
+    /// Its number.
+    pub number: SegmentNumber,
+    /// Whether its bits may be used at once.
+    pub stage: Stage,
+    /// Encrypting: this end owns it.
+    pub key_type: KeyType,
+    /// All bits that went into it.
+    pub total_bits: u32,
+    /// Bytes at its head that are never taken.
+    pub head_bytes: u32,
+    /// The weakest level of its bits and its way here.
+    pub level: SecurityLevel,
+    /// Equal at both ends.
+    pub kma_key_id: KmaKeyId,
+    /// What it is made of.
+    pub composition: Option<Composition>,
+    /// The bytes to store.
+    pub key: &'a [u8],
+}
+
+impl Store {
+    /// Takes over what `vault` holds, and erases rows that its journal does not know.
+    ///
+    /// # Errors
+    ///
+    /// The vault cannot be read, or a newer version wrote its journal; nothing was changed.
+    pub fn open(mut vault: Box<dyn Vault>, pool: Pool, boot: [u8; 16]) -> Result<Self, VaultError> {
+        let mut state = ledger::fold(&mut *vault)?;
+        state.freed.clear();
+        let mut store = Self {
+            vault,
+            pool,
+            state,
+            open_rows: OpenRows::default(),
+            staged_bytes: 0,
+            failed: None,
+            compact_above_bytes: 0,
+        };
+        store.settle_rows()?;
+        store.discard_unfinished();
+        store.record(Record::Boot { boot });
+        store.commit()?;
+        Ok(store)
+    }
+
+    /// Erases rows that the journal does not know, and voids segments whose rows ended with an
+    /// earlier process. (A durable row that is missing shows when it is read.)
+    fn settle_rows(&mut self) -> Result<(), VaultError> {
+        let streams = self.state.streams.values();
+        let known: BTreeSet<RowId> = streams
+            .flat_map(|stream| stream.segments.values().map(|s| s.row))
+            .collect();
+        for row in self.vault.rows()? {
+            self.state.next_row = self.state.next_row.max(row.0 + 1);
+            if !known.contains(&row) {
+                self.vault.erase(row);
+            }
+        }
+        if self.vault.is_volatile() && !self.state.peers.is_empty() {
+            self.record(Record::Emptied);
+        }
+        Ok(())
+    }
+
+    /// The incarnation that peers are told: another one whenever rows were lost.
+    #[must_use]
+    pub fn incarnation(&self) -> u64 {
+        self.vault.incarnation().0.wrapping_add(self.state.emptied)
+    }
+
+    /// Discards what an earlier process proposed and never stored: its mask was used, so it is not
+    /// proposed again in another form.
+    fn discard_unfinished(&mut self) {
+        let unfinished: Vec<(StreamId, SegmentNumber)> = self
+            .state
+            .streams
+            .iter()
+            .flat_map(|(id, stream)| stream.proposed.iter().map(|&n| (id.clone(), n)))
+            .collect();
+        for (stream, segment) in unfinished {
+            self.record(Record::Discarded {
+                stream,
+                segment,
+                reason: DiscardReason::Restart,
+            });
+        }
+    }
+
+    /// Stages a record and applies it.
+    fn record(&mut self, record: Record) {
+        let bytes = ledger::encode(&record);
+        self.vault.append(&bytes);
+        self.staged_bytes += bytes.len();
+        self.state.apply(&record);
+        for row in std::mem::take(&mut self.state.freed) {
+            self.open_rows.close(row);
+            self.vault.erase(row);
+        }
+    }
+
+    /// Makes everything done since the last call durable.
+    ///
+    /// # Errors
+    ///
+    /// The store failed and stays failed: nothing that rests on this batch may leave the node, and
+    /// the process should end; a restart continues from the last batch that was durable.
+    pub fn commit(&mut self) -> Result<(), VaultError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        self.vault.commit()?;
+        self.staged_bytes = 0;
+        Ok(())
+    }
+
+    /// Brings a commit forward when a batch grows past what one commit takes. Durable too early is
+    /// never wrong; a failure is told by the next [`Store::commit`].
+    pub(crate) fn relieve(&mut self) {
+        if self.staged_bytes > STAGED_MAX_BYTES && self.failed.is_none() {
+            self.failed = self.commit().err();
+        }
+    }
+
+    // Agreement.
+
+    /// Whether the QKD-key entered a composition or was dropped before.
+    pub(crate) fn is_used(&self, name: &QkdKeyName) -> bool {
+        self.state
+            .used
+            .get(&(name.module_pair.clone(), name.generation))
+            .is_some_and(|used| used.contains(&name.id))
+    }
+
+    /// The greatest decimal QKD-key ID of a module pair that came in and is settled.
+    #[must_use]
+    pub fn last_qkd_key_number(&self, module_pair: &qkd_keyfile::ModulePairId) -> Option<u64> {
+        self.state
+            .used
+            .get(&(module_pair.clone(), qkd_keyfile::Generation::default()))?
+            .last_number()
+    }
+
+    /// Settles QKD-keys: they never come in again.
+    pub(crate) fn use_qkd_keys(&mut self, names: impl IntoIterator<Item = QkdKeyName>) {
+        let mut by_pair: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for name in names {
+            by_pair
+                .entry((name.module_pair, name.generation))
+                .or_default()
+                .push(name.id);
+        }
+        for ((module_pair, generation), ids) in by_pair {
+            self.record(Record::QkdKeysUsed {
+                module_pair,
+                generation,
+                ids,
+            });
+        }
+    }
+
+    /// Gives out a segment number; with it the composition and its masks are spent.
+    pub(crate) fn propose(
+        &mut self,
+        stream: &StreamId,
+        composition: Option<Composition>,
+    ) -> SegmentNumber {
+        let segment = SegmentNumber(self.state.stream_mut(stream).next_segment);
+        self.record(Record::Proposed {
+            stream: stream.clone(),
+            segment,
+            composition,
+        });
+        segment
+    }
+
+    /// Stores a segment.
+    ///
+    /// # Errors
+    ///
+    /// The row cannot be sealed or staged; nothing was recorded.
+    pub(crate) fn store(&mut self, new: NewSegment<'_>) -> Result<(), VaultError> {
+        let row = RowId(self.state.next_row);
+        let seal = self.vault.put(row, new.key)?;
+        let len_bytes = u32::try_from(new.key.len()).expect("a segment fits a block of key memory");
+        self.record(Record::Stored {
+            stream: new.stream,
+            segment: new.number,
+            body: StoredSegment {
+                stage: new.stage,
+                key_type: new.key_type,
+                total_bits: new.total_bits,
+                len_bytes,
+                head_bytes: new.head_bytes,
+                level: new.level,
+                kma_key_id: new.kma_key_id,
+                composition: new.composition,
+                row,
+                seal,
+            },
+        });
+        Ok(())
+    }
+
+    /// An answered segment's commit or release has come; says whether there was one to confirm.
+    pub(crate) fn confirm(&mut self, stream: &StreamId, segment: SegmentNumber) -> bool {
+        let waits = self
+            .segment(stream, segment)
+            .is_some_and(|s| s.stage == Stage::Answered);
+        if waits {
+            self.record(Record::Confirmed {
+                stream: stream.clone(),
+                segment,
+            });
+        }
+        waits
+    }
+
+    /// Voids a segment that is not confirmed; says whether there was one.
+    pub(crate) fn discard(
+        &mut self,
+        stream: &StreamId,
+        segment: SegmentNumber,
+        reason: DiscardReason,
+    ) -> bool {
+        let open = self.state.streams.get(stream).is_some_and(|s| {
+            s.proposed.contains(&segment)
+                || s.segments
+                    .get(&segment)
+                    .is_some_and(|s| s.stage == Stage::Answered)
+        });
+        if open {
+            self.record(Record::Discarded {
+                stream: stream.clone(),
+                segment,
+                reason,
+            });
+        }
+        open
+    }
+
+    /// Records that two ends differ over a segment that this end never stored.
+    pub(crate) fn note_mismatch(&mut self, stream: &StreamId, segment: SegmentNumber) {
+        self.record(Record::Discarded {
+            stream: stream.clone(),
+            segment,
+            reason: DiscardReason::Mismatch,
+        });
+    }
+
+    /// Remembers the incarnation of a peer's store; says whether it replaced another one, which
+    /// voids everything shared with that peer.
+    pub(crate) fn peer_store(&mut self, peer: &NodeId, incarnation: u64) -> bool {
+        let known = self.state.peers.get(peer).and_then(|p| p.incarnation);
+        if known != Some(incarnation) {
+            self.record(Record::PeerStore {
+                peer: peer.clone(),
+                incarnation,
+            });
+        }
+        known.is_some_and(|known| known != incarnation)
+    }
+
+    /// The destination has all bindings up to `through`.
+    pub(crate) fn bindings_acknowledged(&mut self, destination: &NodeId, through: u64) {
+        let news = self.state.peers.get(destination).is_some_and(|peer| {
+            let first = peer.outbox.first_key_value();
+            first.is_some_and(|(&first, _)| first <= through) && through < peer.bindings_sent
+        });
+        if news {
+            self.record(Record::BindingsAcknowledged {
+                destination: destination.clone(),
+                through,
+            });
+        }
+    }
+
+    /// A bound key is about to leave to an application.
+    pub(crate) fn deliver(&mut self, source: &NodeId, key_id: KsaKeyId, application: &AppId) {
+        self.record(Record::Delivered {
+            source: source.clone(),
+            key_id,
+            application: application.clone(),
+        });
+    }
+
+    /// Forgets a segment, erasing its row.
+    pub(crate) fn close(&mut self, stream: &StreamId, segment: SegmentNumber) {
+        self.record(Record::Closed {
+            stream: stream.clone(),
+            segment,
+        });
+    }
+
+    // What there is.
+
+    pub(crate) fn segment(&self, stream: &StreamId, number: SegmentNumber) -> Option<&Segment> {
+        self.state.segment(stream, number)
+    }
+
+    pub(crate) fn stream(&self, stream: &StreamId) -> Option<&Stream> {
+        self.state.streams.get(stream)
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Whether a stream may hold no more than `capacity_bytes`, and does.
+    pub(crate) fn is_full(&self, stream: &StreamId, capacity_bytes: u64) -> bool {
+        let entry = self.state.streams.get(stream);
+        entry.is_some_and(|entry| entry.held_bytes >= capacity_bytes)
+    }
+
+    /// Bytes that this end may take from a stream.
+    #[must_use]
+    pub fn available_bytes(&self, stream: &StreamId) -> u64 {
+        self.state.streams.get(stream).map_or(0, |s| s.open_bytes)
+    }
+
+    /// The double entry of every stream: its accounts, its stock in bytes (encrypting, decrypting)
+    /// and the bits that do not add up (0).
+    #[must_use]
+    pub fn accounts(&self) -> Vec<StreamAccounts> {
+        self.state
+            .streams
+            .iter()
+            .map(|(id, stream)| StreamAccounts {
+                stream: id.clone(),
+                accounts: stream.accounts,
+                encrypting_bytes: stream.stock_bytes(KeyType::Encrypting),
+                decrypting_bytes: stream.stock_bytes(KeyType::Decrypting),
+                imbalance_bits: stream.imbalance_bits(),
+            })
+            .collect()
+    }
+}
+
+/// The books of one stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamAccounts {
+    /// The stream.
+    pub stream: StreamId,
+    /// Its double entry.
+    pub accounts: Accounts,
+    /// Usable bytes that this end owns.
+    pub encrypting_bytes: u64,
+    /// Usable bytes that the other end owns.
+    pub decrypting_bytes: u64,
+    /// What the double entry does not explain.
+    pub imbalance_bits: i128,
+}
