@@ -24,7 +24,7 @@ pub mod messages;
 pub mod shell;
 pub mod topology;
 
-pub use client::{AskError, Client, ClientConfig, ClientEvent, RouteFailure};
+pub use client::{AskError, Client, ClientConfig, ClientEvent, QueryId, RouteFailure};
 pub use controller::{Controller, ControllerCounters, Session};
 pub use messages::{AlarmReport, Destination, LinkReport, LinkState, Message, RequestId};
 pub use shell::{ControllerLink, ControllerLinkConfig, serve};

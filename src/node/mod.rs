@@ -17,9 +17,7 @@ use std::{
     thread,
 };
 
-use qkd_control::{ClientConfig, ControllerLink, ControllerLinkConfig, Destination};
 use qkd_kernels::Backend;
-use qkd_keyfile::NodeId;
 use qkd_kma::{
     Kma, KmaConfig, LinkConfig, RemoteConfig,
     store::Store,
