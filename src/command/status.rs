@@ -1,24 +1,16 @@
 //! `status`: what a running node says of itself.
 
-use std::{
-    io::{self, Read},
-    os::unix::net::UnixStream,
-    path::Path,
-    time::Duration,
-};
+use std::{io, path::Path};
 
 use serde_json::Value;
 
 use super::Failure;
-use crate::config::Config;
-
-/// A node that does not answer in this time is not well.
-const PATIENCE: Duration = Duration::from_secs(5);
+use crate::{config::Config, node};
 
 pub(super) fn run(path: &Path, json: bool) -> Result<(), Failure> {
     let config = Config::read(path)?;
     let socket = config.status_socket();
-    let text = ask(&socket).map_err(|source| Failure::NotRunning { socket, source })?;
+    let text = node::ask(&socket).map_err(|source| Failure::NotRunning { socket, source })?;
     let report: Value = serde_json::from_str(&text).map_err(io::Error::from)?;
     if json {
         println!("{report:#}");
@@ -26,14 +18,6 @@ pub(super) fn run(path: &Path, json: bool) -> Result<(), Failure> {
         print_table(&report);
     }
     Ok(())
-}
-
-fn ask(socket: &Path) -> io::Result<String> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    Ok(text)
 }
 
 fn print_table(report: &Value) {
@@ -44,16 +28,16 @@ fn print_table(report: &Value) {
     );
     println!(
         "\n{:<32} {:>12} {:>12} {:>10} {:>10} {:>10} {:>10}",
-        "stream", "own KiB", "peer KiB", "confirmed", "mismatch", "pad KiB", "supplied"
+        "stream", "own KiB", "peer KiB", "confirmed", "mismatch", "pad KiB", "supplied KiB"
     );
     for (name, s) in entries(&report["streams"]) {
-        let kib = |value: &Value, divisor: u64| value.as_u64().unwrap_or(0) / divisor;
+        let kib = |value: &Value, divisor: u64| number(value) / divisor;
         println!(
-            "{name:<32} {:>12} {:>12} {:>10} {:>10} {:>10} {:>10}",
+            "{name:<32} {:>12} {:>12} {:>10} {:>10} {:>10} {:>12}",
             kib(&s["encrypting_bytes"], 1024),
             kib(&s["decrypting_bytes"], 1024),
-            s["confirmed_segments"],
-            s["mismatched_segments"],
+            number(&s["confirmed_segments"]),
+            number(&s["mismatched_segments"]),
             kib(&s["pad_bits"], 8192),
             kib(&s["supplied_bits"], 8192),
         );
@@ -74,7 +58,10 @@ fn print_table(report: &Value) {
             .map_or("-".to_owned(), |ppm| format!("{:.2}", ppm / 1e4));
         println!(
             "{name:<32} {:>9} {:>12} {:>8} {:>9} {qber:>10}",
-            m["attached"], m["blocks"], m["gap_blocks"], m["corrupt_blocks"]
+            if m["attached"] == true { "yes" } else { "no" },
+            number(&m["blocks"]),
+            number(&m["gap_blocks"]),
+            number(&m["corrupt_blocks"]),
         );
     }
     println!();
@@ -97,6 +84,11 @@ fn print_table(report: &Value) {
             "NOT locked"
         },
     );
+}
+
+/// A number, to be aligned as one (a JSON value does not heed a width).
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
 }
 
 fn text(value: &Value) -> &str {
