@@ -3,7 +3,7 @@
 //! Every crate of the workspace speaks these words: identities of nodes, module pairs, segments and
 //! keys ([`id`], [`address`]), quantities that carry their unit ([`units`]), the 26 metadata items of
 //! ITU-T Y.3803 Table 1 ([`metadata`]), the key file ([`codec`]), the 10-byte signalling header
-//! ([`signal`]), and the traits through which time, randomness and messages come in ([`env`],
+//! ([`signal`]), and the traits through which time, randomness and messages come in ([`mod@env`],
 //! [`protocol`]).
 //!
 //! It knows nothing about hardware, storage, networks or applications, and it **owns no key byte**:
