@@ -7,5 +7,7 @@
 
 pub mod command;
 pub mod config;
+pub mod demo;
 pub mod env;
 pub mod node;
+pub mod process;

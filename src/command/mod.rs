@@ -6,9 +6,12 @@
 mod completions;
 mod config;
 mod controller;
+mod demo;
+mod inspect;
 mod log;
 mod pki;
 mod run;
+mod sim;
 mod status;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -38,6 +41,9 @@ enum Command {
         /// The node's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Stop when standard input ends.
+        #[arg(long, hide = true)]
+        exit_with_stdin: bool,
     },
     /// Run a controller, which gives nodes their routes (Ck).
     #[command(after_help = "Example:\n  qkd-bridge controller --config controller.toml")]
@@ -45,7 +51,30 @@ enum Command {
         /// The controller's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Stop when standard input ends.
+        #[arg(long, hide = true)]
+        exit_with_stdin: bool,
     },
+    /// Show a whole network on this machine: two applications get the same keys.
+    #[command(after_help = "Examples:\n  qkd-bridge demo\n  \
+        qkd-bridge demo --seconds 5 --keep --dir /tmp/network\n\n\
+        Three nodes, a controller and simulated devices run as processes of their own, on loopback. \
+        Exit status 0 only if every key was the same at both ends.")]
+    Demo(demo::DemoArgs),
+    /// Play module pairs, over the transports of real ones.
+    #[command(after_help = "Examples:\n  qkd-bridge sim --config sim.toml\n  \
+        qkd-bridge sim --config sim.toml --processes\n  \
+        qkd-bridge sim --config sim.toml --half mp1:transmitter\n\n\
+        Without a `seed` in the file every run has a fresh one; then the two halves of a pair must \
+        be started by one command.")]
+    Sim(sim::SimArgs),
+    /// Say what is in a hand-over file, without its key bytes; exit status 1 if it is bad.
+    #[command(
+        after_help = "Examples:\n  qkd-bridge inspect /run/qkd/keys/6a1f00c4\n  \
+        qkd-bridge inspect --json 6a1f00c4\n\n\
+        Formats: qcrypto final keys (type 7), key files of this program (QKDKEYF1)."
+    )]
+    Inspect(inspect::InspectArgs),
     /// Make certificates for development.
     Pki {
         #[command(subcommand)]
@@ -104,6 +133,20 @@ enum Failure {
         socket: PathBuf,
         source: std::io::Error,
     },
+    #[error("demo")]
+    Demo(#[from] crate::demo::DemoError),
+    #[error("half {half} of a module pair")]
+    Sim {
+        half: String,
+        source: qkd_sim_device::RunError,
+    },
+    #[error("half {0} of a module pair has failed")]
+    SimProcess(String),
+    #[error("{}", file.display())]
+    Inspect {
+        file: PathBuf,
+        source: inspect::InspectError,
+    },
     #[error("the store failed; the node has stopped")]
     StoreFailed,
     #[error("the system refused")]
@@ -119,6 +162,10 @@ impl Failure {
             | Self::Credentials(_)
             | Self::Listen { .. }
             | Self::NotRunning { .. }
+            | Self::Demo(_)
+            | Self::Sim { .. }
+            | Self::SimProcess(_)
+            | Self::Inspect { .. }
             | Self::StoreFailed
             | Self::System(_) => 1,
         }
@@ -153,8 +200,23 @@ fn chain(error: &dyn std::error::Error) -> String {
 impl Command {
     fn run(self, levels: Option<&str>) -> Result<(), Failure> {
         match self {
-            Self::Run { config } => run::run(&config, levels),
-            Self::Controller { config } => controller::run(&config, levels),
+            Self::Run {
+                config,
+                exit_with_stdin,
+            } => {
+                watch_stdin(exit_with_stdin)?;
+                run::run(&config, levels)
+            }
+            Self::Controller {
+                config,
+                exit_with_stdin,
+            } => {
+                watch_stdin(exit_with_stdin)?;
+                controller::run(&config, levels)
+            }
+            Self::Demo(args) => args.run(levels),
+            Self::Sim(args) => args.run(levels),
+            Self::Inspect(args) => args.run(),
             Self::Pki { command } => command.run(),
             Self::Config { command } => command.run(),
             Self::Status { config, json } => status::run(&config, json),
@@ -164,6 +226,13 @@ impl Command {
             }
         }
     }
+}
+
+fn watch_stdin(wanted: bool) -> std::io::Result<()> {
+    if wanted {
+        crate::process::end_with_stdin()?;
+    }
+    Ok(())
 }
 
 /// A runtime for nodes and controllers.

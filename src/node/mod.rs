@@ -10,12 +10,7 @@ mod routes;
 mod status;
 mod supply;
 
-use std::{
-    collections::BTreeMap,
-    io,
-    sync::Arc,
-    thread,
-};
+use std::{collections::BTreeMap, io, sync::Arc, thread};
 
 use qkd_kernels::Backend;
 use qkd_kma::{
@@ -44,7 +39,7 @@ use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
 use intake::Intake;
 pub use intake::ModuleReport;
 use routes::Routes;
-pub use status::{MemoryReport, Report, StreamReport};
+pub use status::{MemoryReport, Report, StreamReport, ask};
 use supply::NodeSupply;
 
 /// Descriptors between drivers and stage.

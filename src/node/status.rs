@@ -1,7 +1,14 @@
 //! What a running node tells its operator: one JSON document per connection to a socket in its data
 //! directory.
 
-use std::{collections::BTreeMap, fs, io, os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Read},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    time::Duration,
+};
 
 use qkd_keyfile::NodeId;
 use qkd_kma::{Accounts, Status};
@@ -70,6 +77,22 @@ pub(crate) struct StatusServer {
     pub(crate) requests: mpsc::Sender<Request>,
     pub(crate) modules: Vec<(String, watch::Receiver<ModuleReport>)>,
     pub(crate) pool: qkd_secmem::Pool,
+}
+
+/// A node that does not answer in this time is not well.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Asks a running node for its [`Report`], as JSON. Blocks the thread.
+///
+/// # Errors
+///
+/// The node does not answer on this socket.
+pub fn ask(socket: &Path) -> io::Result<String> {
+    let mut stream = std::os::unix::net::UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Binds the socket, in place of one that a killed process has left.
