@@ -1,3 +1,4 @@
+use crate::health::{self, HealthState, HealthStats};
 use crate::portable;
 use crate::tag::TagKey;
 #[cfg(target_arch = "x86_64")]
@@ -45,10 +46,14 @@ impl Backend {
         .flatten()
     }
 
-    /// AVX2 and PCLMULQDQ.
+    /// AVX2, PCLMULQDQ, BMI1 and POPCNT.
     pub fn avx2() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
-        if !cfg!(miri) && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("pclmulqdq")
+        if !cfg!(miri)
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("pclmulqdq")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("popcnt")
         {
             return Some(Self(Kind::Avx2));
         }
@@ -64,13 +69,14 @@ impl Backend {
         None
     }
 
-    /// [`Backend::sha_ni`], with AVX-512 F, BW, VL and VPCLMULQDQ.
+    /// [`Backend::sha_ni`], with AVX-512 F, BW, VL, VPOPCNTDQ and VPCLMULQDQ.
     pub fn avx512() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if Self::sha_ni().is_some()
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vpopcntdq")
             && is_x86_feature_detected!("vpclmulqdq")
         {
             return Some(Self(Kind::Avx512));
@@ -216,6 +222,24 @@ impl Backend {
             //   `Backend::sha_ni` AVX2 and SHA.
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => unsafe { x86::sha_lanes::sha256_units(data, unit_bytes, out) },
+        }
+    }
+
+    /// Statistics of the next bytes of a stream, for the continuous health tests of NIST
+    /// SP 800-90B. Windows and runs go on from the call before.
+    pub fn health(self, state: &mut HealthState, data: &[u8]) -> HealthStats {
+        match self.0 {
+            Kind::Portable => health::health(state, data),
+            // SAFETY:
+            // - `Kind::Avx2` and `Kind::ShaNi` exist only where `Backend::avx2` found AVX2, BMI1
+            //   and POPCNT.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 | Kind::ShaNi => unsafe { x86::health::avx2(state, data) },
+            // SAFETY:
+            // - `Kind::Avx512` exists only where `Backend::avx512` found AVX-512 F, BW, VL and
+            //   VPOPCNTDQ, and `Backend::avx2` BMI1 and POPCNT.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => unsafe { x86::health::avx512(state, data) },
         }
     }
 

@@ -1,8 +1,9 @@
 //! Bulk operations on key bytes, with SIMD chosen at run time.
 //!
 //! One-time-pad XOR, the one-time POLYVAL tag, both in one pass, SHA-256 of many units at once,
-//! and wiping. This crate knows nothing about keys, pads or messages: it sees slices, allocates
-//! nothing that outlives a call but the powers inside a [`TagKey`], and keeps no state.
+//! health statistics in one pass, and wiping. This crate knows nothing about keys, pads or
+//! messages: it sees slices, allocates nothing that outlives a call but the powers inside a
+//! [`TagKey`], and keeps no state; the caller keeps the [`HealthState`] of a stream.
 //!
 //! # Invariants
 //!
@@ -24,6 +25,7 @@
 //! ```
 
 mod backend;
+mod health;
 mod portable;
 mod tag;
 mod wipe;
@@ -31,5 +33,9 @@ mod wipe;
 mod x86;
 
 pub use backend::Backend;
+pub use health::{
+    HealthState, HealthStats, PROPORTION_WINDOW_BITS, PROPORTION_WINDOW_BYTES, REPETITION_BITS,
+    REPETITION_BYTES,
+};
 pub use tag::TagKey;
 pub use wipe::wipe;

@@ -3,29 +3,35 @@
 /// One block write and a barrier, not one volatile store per byte, so wiping runs at the speed of
 /// memory.
 pub fn wipe(bytes: &mut [u8]) {
-    bytes.fill(0);
-    keep_stores(bytes);
+    wipe_values(bytes);
 }
 
-/// Makes the compiler believe that `bytes` is read here.
+/// [`wipe`] for numbers of any size.
+#[inline]
+pub(crate) fn wipe_values<T: Copy + Default>(values: &mut [T]) {
+    values.fill(T::default());
+    keep_stores(values);
+}
+
+/// Makes the compiler believe that `values` is read here.
 #[cfg(all(not(miri), any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub(crate) fn keep_stores(bytes: &mut [u8]) {
+pub(crate) fn keep_stores<T: Copy + Default>(values: &mut [T]) {
     // SAFETY:
     // - The template is a comment: no instruction runs, no register or flag changes.
-    // - Without `nomem` the block counts as a reader of all memory that `bytes` exposes, which is
+    // - Without `nomem` the block counts as a reader of all memory that `values` exposes, which is
     //   the point: the stores before it must be done.
     unsafe {
-        core::arch::asm!("/* {0} */", in(reg) bytes.as_mut_ptr(), options(nostack, preserves_flags));
+        core::arch::asm!("/* {0} */", in(reg) values.as_mut_ptr(), options(nostack, preserves_flags));
     }
 }
 
 /// Where there is no assembler to hide behind: volatile stores are never dropped.
 #[cfg(not(all(not(miri), any(target_arch = "x86_64", target_arch = "aarch64"))))]
-pub(crate) fn keep_stores(bytes: &mut [u8]) {
-    for byte in bytes {
+pub(crate) fn keep_stores<T: Copy + Default>(values: &mut [T]) {
+    for value in values {
         // SAFETY:
-        // - `byte` is a live exclusive reference, so it is valid for writes and aligned.
-        unsafe { core::ptr::write_volatile(byte, 0) };
+        // - `value` is a live exclusive reference, so it is valid for writes and aligned.
+        unsafe { core::ptr::write_volatile(value, T::default()) };
     }
 }
 

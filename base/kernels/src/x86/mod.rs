@@ -1,6 +1,7 @@
 //! x86-64 with the instructions that [`Backend`](crate::Backend) proves.
 
 pub(crate) mod clmul;
+pub(crate) mod health;
 pub(crate) mod powers;
 pub(crate) mod sha_lanes;
 pub(crate) mod sha_ni;
