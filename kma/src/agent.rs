@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use qkd_kernels::Backend;
-use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, Now};
+use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, Now, StreamId};
 
 use crate::{
     RESEND_AFTER, TICK, confirm,
@@ -197,6 +197,19 @@ impl Kma {
             waiting_bindings: state.received.len(),
             forgotten_bindings: state.forgotten_bindings,
             inconsistencies: state.inconsistencies,
+        }
+    }
+
+    /// Whether the stock of the link with `peer` is at its capacity: QKD-keys only wait then, and
+    /// whoever reads them from hardware should wait too.
+    #[must_use]
+    pub fn is_full(&self, peer: &NodeId) -> bool {
+        let link = self.config.neighbours.get(peer);
+        let id = LinkId::between(&self.config.node, peer).map(StreamId::Link);
+        let stream = id.and_then(|id| self.store.stream(&id));
+        match (link, stream) {
+            (Some(link), Some(stream)) => stream.held_bytes >= link.capacity_bytes,
+            _ => false,
         }
     }
 

@@ -50,6 +50,8 @@ pub(crate) struct Surroundings {
     pub(crate) stage: StageHandle,
     /// To the drivers' tasks, by module pair.
     pub(crate) settle: BTreeMap<ModulePairId, mpsc::UnboundedSender<(QkdKeyName, Settlement)>>,
+    /// To the drivers' tasks, by matching KMA: whether the link's store is full.
+    pub(crate) full: Vec<(NodeId, watch::Sender<bool>)>,
     /// To the controller's task.
     pub(crate) want_route: Option<mpsc::Sender<NodeId>>,
     pub(crate) alarms: mpsc::UnboundedSender<Alarm>,
@@ -150,6 +152,10 @@ impl Agent {
             self.carry_out(output);
         }
         self.order_again();
+        for (peer, full) in &self.around.full {
+            let now = self.kma.is_full(peer);
+            full.send_if_modified(|was| std::mem::replace(was, now) != now);
+        }
         Ok(())
     }
 

@@ -1,8 +1,10 @@
 //! From drivers to the pipeline: one task per module pair.
 //!
 //! A module has credit for a fixed number of key blocks; a block gives its credit back when it is
-//! settled. So a store that is full, or a peer that is away, stops the devices and loses nothing
-//! here.
+//! settled. So two modules of different speed wait for each other. Blocks that nobody settles do not
+//! hold a module up for long, or one lost block at either end would stop both: after a moment without
+//! progress it gets more credit, and the oldest blocks that wait are dropped in the pipeline, counted
+//! and told to the peer. Only a full store makes a module wait for good.
 
 use std::time::Duration;
 
@@ -11,12 +13,21 @@ use qkd_keyfile::{Generation, ModulePairId, QkdKeyName};
 use qkd_kma::Settlement;
 use qkd_pipeline::{Descriptor, PushError, Pusher};
 use qkd_secmem::{KeyBuf, Pool};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep, sleep_until},
+};
 
 use super::until_stop;
 
 /// Key blocks of one module that may be on their way at a time.
-const CREDIT_BLOCKS: u32 = 32;
+const CREDIT_BLOCKS: u32 = 256;
+
+/// Blocks that stop counting as on their way after a time without any settlement.
+const FORGOTTEN_BLOCKS: u32 = 64;
+
+/// How long blocks that nobody settles hold a module up.
+const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// Pause before something that is full is tried again.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -28,6 +39,8 @@ pub(crate) struct Intake {
     pub(crate) pool: Pool,
     pub(crate) pusher: Pusher,
     pub(crate) settled: mpsc::UnboundedReceiver<(QkdKeyName, Settlement)>,
+    /// Whether the store of the link is full.
+    pub(crate) full: watch::Receiver<bool>,
     pub(crate) state: watch::Sender<ModuleReport>,
 }
 
@@ -57,16 +70,28 @@ pub struct ModuleReport {
 impl Intake {
     /// Reads the module until it is gone for good or the node stops.
     pub(crate) async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
-        self.source.grant(CREDIT_BLOCKS);
+        let mut credit = Credit::default();
+        self.source.grant(credit.top_up());
         let mut free = None;
+        let mut progress = Instant::now();
         loop {
-            let Some(mut buffer) = self.buffer(free.take(), &mut shutdown).await else {
+            let Some(mut buffer) = self.buffer(free.take(), &mut credit, &mut shutdown).await else {
                 return;
             };
             let event = tokio::select! {
                 () = until_stop(&mut shutdown) => return,
                 Some((name, outcome)) = self.settled.recv() => {
-                    self.settle(&name, outcome);
+                    self.settle(&name, outcome, &mut credit);
+                    progress = Instant::now();
+                    free = Some(buffer);
+                    continue;
+                }
+                () = sleep_until(progress + STALLED_AFTER), if credit.is_spent() => {
+                    if !*self.full.borrow() {
+                        credit.forget();
+                        self.source.grant(credit.top_up());
+                    }
+                    progress = Instant::now();
                     free = Some(buffer);
                     continue;
                 }
@@ -74,6 +99,7 @@ impl Intake {
             };
             match event {
                 Ok(Event::Key(key)) => {
+                    credit.used();
                     let (descriptor, left) = self.key(key, buffer);
                     free = left;
                     if !self.push(descriptor, &mut shutdown).await {
@@ -97,6 +123,7 @@ impl Intake {
     async fn buffer(
         &mut self,
         free: Option<KeyBuf>,
+        credit: &mut Credit,
         shutdown: &mut watch::Receiver<bool>,
     ) -> Option<KeyBuf> {
         if free.is_some() {
@@ -108,8 +135,8 @@ impl Intake {
             }
             tokio::select! {
                 () = until_stop(shutdown) => return None,
-                Some((name, outcome)) = self.settled.recv() => self.settle(&name, outcome),
-                () = tokio::time::sleep(PAUSE) => {}
+                Some((name, outcome)) = self.settled.recv() => self.settle(&name, outcome, credit),
+                () = sleep(PAUSE) => {}
             }
         }
     }
@@ -162,18 +189,19 @@ impl Intake {
             };
             tokio::select! {
                 () = until_stop(shutdown) => return false,
-                () = tokio::time::sleep(PAUSE) => {}
+                () = sleep(PAUSE) => {}
             }
         }
     }
 
-    fn settle(&mut self, name: &QkdKeyName, outcome: Settlement) {
+    fn settle(&mut self, name: &QkdKeyName, outcome: Settlement, credit: &mut Credit) {
         let outcome = match outcome {
             Settlement::Stored => qkd_drivers::Settlement::Stored,
             Settlement::Dropped => qkd_drivers::Settlement::Dropped,
         };
         self.source.settle(&name.id, outcome);
-        self.source.grant(1);
+        credit.settled();
+        self.source.grant(credit.top_up());
     }
 
     fn note(&self, event: &Event) {
@@ -203,5 +231,77 @@ impl Intake {
             },
             _ => {}
         });
+    }
+}
+
+/// What a module may still deliver, and what it has delivered.
+#[derive(Debug, Default)]
+struct Credit {
+    /// Blocks that it may deliver now.
+    left: u32,
+    /// Blocks delivered and not settled, without the forgotten ones.
+    unsettled: u32,
+}
+
+impl Credit {
+    /// Blocks to grant, so that [`CREDIT_BLOCKS`] are on their way; they count as granted.
+    fn top_up(&mut self) -> u32 {
+        let more = CREDIT_BLOCKS.saturating_sub(self.left + self.unsettled);
+        self.left += more;
+        more
+    }
+
+    fn used(&mut self) {
+        self.left = self.left.saturating_sub(1);
+        self.unsettled += 1;
+    }
+
+    fn settled(&mut self) {
+        self.unsettled = self.unsettled.saturating_sub(1);
+    }
+
+    fn forget(&mut self) {
+        self.unsettled = self.unsettled.saturating_sub(FORGOTTEN_BLOCKS);
+    }
+
+    fn is_spent(&self) -> bool {
+        self.left == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credit_is_used_by_delivery_and_given_back_by_settlement() {
+        let mut credit = Credit::default();
+        assert_eq!(credit.top_up(), CREDIT_BLOCKS);
+        for _ in 0..CREDIT_BLOCKS {
+            credit.used();
+        }
+        assert!(credit.is_spent());
+        assert_eq!(credit.top_up(), 0);
+        credit.settled();
+        assert_eq!(credit.top_up(), 1);
+    }
+
+    #[test]
+    fn blocks_that_nobody_settles_give_their_credit_back_in_the_end() {
+        let mut credit = Credit::default();
+        credit.top_up();
+        for _ in 0..10 * CREDIT_BLOCKS {
+            while !credit.is_spent() {
+                credit.used();
+            }
+            credit.forget();
+            assert_eq!(credit.top_up(), FORGOTTEN_BLOCKS);
+        }
+        // Settled late, they give no credit twice.
+        for _ in 0..20 * CREDIT_BLOCKS {
+            credit.settled();
+            credit.top_up();
+            assert!(credit.left + credit.unsettled <= CREDIT_BLOCKS);
+        }
     }
 }
