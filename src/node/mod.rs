@@ -153,7 +153,13 @@ impl Node {
 
         let mut modules = Vec::new();
         let mut settle = BTreeMap::new();
-        for pair in config.links.iter().flat_map(|link| &link.module_pairs) {
+        let mut full_links = Vec::new();
+        let pairs = config.links.iter().flat_map(|link| {
+            let (full_sender, full) = watch::channel(false);
+            full_links.push((link.peer.get_ref().clone(), full_sender));
+            link.module_pairs.iter().map(move |pair| (pair, full.clone()))
+        });
+        for (pair, full) in pairs {
             let module_pair = pair.name.get_ref().clone();
             let source = pair.driver.open().map_err(|source| NodeError::Module {
                 module_pair: module_pair.to_string(),
@@ -169,6 +175,7 @@ impl Node {
                 pool: pool.clone(),
                 pusher: pusher.clone(),
                 settled,
+                full,
                 state,
             };
             tasks.spawn(intake.run(shutdown.clone()));
@@ -190,6 +197,7 @@ impl Node {
             links: links.clone(),
             stage,
             settle,
+            full: full_links,
             want_route,
             alarms,
             clock,
