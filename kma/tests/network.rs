@@ -347,6 +347,481 @@ fn a_memory_store_starts_empty_and_its_peers_void_what_they_shared() {
     net.check_books();
 }
 
+fn feed_chain(net: &mut Network, names: &[&str], from: u64, count: u64) {
+    for id in from..from + count {
+        for pair in names.windows(2) {
+            net.deliver_both(pair[0], pair[1], id, 2048);
+        }
+    }
+}
+
+/// A message that carries a unit, sent from one node to another and not delivered yet.
+fn hop_on_the_wire(net: &mut Network, from: &str, to: &str) -> Vec<u8> {
+    for _ in 0..2000 {
+        let hop = |(f, t, bytes): &(_, _, Vec<u8>)| {
+            *f == node(from) && *t == node(to) && bytes.len() > 600
+        };
+        if let Some(at) = net.wires.iter().position(hop) {
+            return net.wires.remove(at).expect("was just found").2;
+        }
+        match net.wires.pop_front() {
+            Some((peer, to, bytes)) => {
+                net.input(&to, qkd_kma::Input::Message { peer, bytes });
+            }
+            None => net.tick(),
+        }
+    }
+    panic!("no hop from {from} to {to}");
+}
+
+#[test]
+fn longer_chains_serve_both_ends_with_the_same_keys() {
+    for names in [
+        &["alice", "r1", "r2", "bob"][..],
+        &["alice", "r1", "r2", "r3", "bob"][..],
+    ] {
+        let mut net = Network::new(chain(names, 4096), 20);
+        net.start_all();
+        feed_chain(&mut net, names, 0, 24);
+        net.run(60);
+        for (from, to) in [("alice", "bob"), ("bob", "alice")] {
+            assert_eq!(net.stock(from, to), 4096);
+            let keys = net.supply(from, to, 20, 256).unwrap();
+            let ids: Vec<_> = keys.iter().map(|k| k.key_id).collect();
+            let fetched = net.fetch(to, from, &ids).unwrap();
+            for (one, other) in keys.iter().zip(&fetched) {
+                assert!(one.key.ct_eq(&other.key));
+            }
+        }
+        net.run(40);
+        net.check_books();
+        check_ledgers(&net, names);
+        assert!(names.iter().all(|n| net.nodes[&node(n)].alarms.is_empty()));
+    }
+}
+
+#[test]
+fn a_node_that_relays_for_nobody_carries_nothing_and_says_so() {
+    let mut configs = chain(&["alice", "relay", "bob"], 4096);
+    configs[1].relay_for_others = false;
+    let mut net = Network::new(configs, 21);
+    net.start_all();
+    feed(&mut net, 0, 16);
+    net.run(100);
+    assert_eq!(
+        (net.stock("alice", "bob"), net.stock("bob", "alice")),
+        (0, 0)
+    );
+    let discarded = |net: &Network| {
+        let books = net.kma("alice").status().streams;
+        books
+            .iter()
+            .map(|s| s.accounts.discarded_segments)
+            .sum::<u64>()
+    };
+    let after = discarded(&net);
+    assert!(
+        (1..60).contains(&after),
+        "{after} units, with pauses between them"
+    );
+    for end in ["alice", "bob"] {
+        let link = qkd_keyfile::LinkId::between(&node("relay"), &node(end)).unwrap();
+        let stream = StreamId::Link(link);
+        let books = net.kma("relay").store().accounts();
+        let books = books.iter().find(|b| b.stream == stream).unwrap();
+        let own = books.accounts.pad_bits;
+        // What came in was followed; nothing of its own left.
+        let taken = net
+            .ledger("relay")
+            .into_iter()
+            .any(|record| matches!(record, Record::Taken { stream: s, .. } if s == stream));
+        assert!(own > 0 && !taken);
+    }
+    net.check_books();
+}
+
+#[test]
+fn a_route_with_a_loop_or_a_stranger_carries_nothing() {
+    let ways = [
+        (&["alice", "relay", "alice", "relay", "bob"][..], false),
+        (&["alice", "bob"], false),
+        (&["relay", "bob"], false),
+        (&["alice", "stranger", "bob"], false),
+        (&["alice", "relay", "stranger", "bob"], true),
+        (&["alice", "relay", "relay", "bob"], false),
+    ];
+    for (way, leaves) in ways {
+        let mut configs = chain(&["alice", "relay", "bob"], 4096);
+        let remote = configs[0].remotes.get_mut(&node("bob")).unwrap();
+        remote.route = Some(way.iter().map(|n| node(n)).collect());
+        let mut net = Network::new(configs, 22);
+        net.start_all();
+        feed(&mut net, 0, 8);
+        net.run(60);
+        assert_eq!(net.stock("alice", "bob"), 0, "{way:?}");
+        let pad = |r: &Record| {
+            matches!(
+                r,
+                Record::Taken {
+                    purpose: Purpose::Pad,
+                    ..
+                }
+            )
+        };
+        assert_eq!(net.ledger("alice").iter().any(pad), leaves, "{way:?}");
+        net.check_books();
+    }
+}
+
+#[test]
+fn a_hop_that_is_altered_anywhere_burns_no_pad_and_is_alarmed() {
+    let mut net = three(23);
+    feed(&mut net, 0, 8);
+    let hop = hop_on_the_wire(&mut net, "alice", "relay");
+    net.run(0);
+    let relay = node("relay");
+    let before = net.kma("relay").status().streams;
+    let mut alarms = 0;
+    for at in 0..hop.len() {
+        for bit in [0x01, 0x80] {
+            let mut bytes = hop.clone();
+            bytes[at] ^= bit;
+            let peer = node("alice");
+            net.input(&relay, qkd_kma::Input::Message { peer, bytes });
+            let raised = std::mem::take(&mut net.nodes.get_mut(&relay).unwrap().alarms);
+            let expected = raised
+                .iter()
+                .all(|alarm| matches!(alarm, Alarm::BadTag { .. } | Alarm::PadMisuse { .. }));
+            assert!(expected, "byte {at}: {raised:?}");
+            alarms += raised.len();
+            assert_eq!(net.kma("relay").status().streams, before, "byte {at}");
+        }
+    }
+    // Ciphertext and tag, at least: whatever is altered in them is found by the tag.
+    assert!(alarms > 2 * 560, "{alarms} alarms");
+    let peer = node("alice");
+    net.input(&relay, qkd_kma::Input::Message { peer, bytes: hop });
+    assert_ne!(
+        net.kma("relay").status().streams,
+        before,
+        "the hop itself is taken"
+    );
+    net.run(40);
+    net.check_books();
+}
+
+#[test]
+fn a_hop_comes_again_byte_for_byte_in_its_session_and_never_in_another() {
+    let mut net = three(24);
+    feed(&mut net, 0, 8);
+    let lost = hop_on_the_wire(&mut net, "alice", "relay");
+    let count = |net: &Network, lost: &Vec<u8>| {
+        let heard = net.heard.as_ref().unwrap();
+        heard.iter().filter(|(_, _, bytes)| bytes == lost).count()
+    };
+    net.heard = Some(Vec::new());
+    net.run(30);
+    assert_eq!(count(&net, &lost), 1, "said again, and acknowledged");
+
+    let mut net = three(25);
+    feed(&mut net, 0, 8);
+    let lost = hop_on_the_wire(&mut net, "bob", "relay");
+    net.disconnect(&node("bob"), &node("relay"));
+    net.heard = Some(Vec::new());
+    net.run(30);
+    net.connect(&node("bob"), &node("relay"));
+    let again = hop_on_the_wire(&mut net, "bob", "relay");
+    assert_eq!(again, lost, "a connection ends, the session goes on");
+
+    net.heard = Some(Vec::new());
+    net.crash(&node("relay"));
+    net.start(&node("relay"));
+    net.run(60);
+    assert_eq!(count(&net, &lost), 0, "another session");
+    net.check_books();
+    check_ledgers(&net, &["alice", "relay", "bob"]);
+}
+
+#[test]
+fn no_message_shows_a_key() {
+    let mut net = three(25);
+    net.heard = Some(Vec::new());
+    feed(&mut net, 0, 24);
+    net.run(40);
+    let mut windows = BTreeSet::new();
+    for (from, to) in [
+        ("alice", "bob"),
+        ("bob", "alice"),
+        ("alice", "relay"),
+        ("relay", "bob"),
+    ] {
+        let keys = net.supply(from, to, 30, 256).unwrap();
+        let ids: Vec<_> = keys.iter().map(|k| k.key_id).collect();
+        net.fetch(to, from, &ids).unwrap();
+        for key in keys {
+            windows.extend(bytes(&key.key).windows(16).map(<[u8]>::to_vec));
+        }
+    }
+    assert_eq!(windows.len(), 4 * 30 * 17);
+    let heard = net.heard.take().unwrap();
+    assert!(heard.iter().map(|(_, _, bytes)| bytes.len()).sum::<usize>() > 20_000);
+    for (from, to, bytes) in &heard {
+        let shown = bytes.windows(16).any(|window| windows.contains(window));
+        assert!(!shown, "{from} to {to}");
+    }
+}
+
+#[test]
+fn a_node_restored_from_a_copy_uses_nothing_and_is_alarmed_at_both_ends() {
+    // What happened between the copy and its return: keys given out, or pad used, or a segment
+    // used up and closed.
+    for (case, keys) in [("keys", 4), ("closed", 31 * 2)] {
+        for (victim, other) in [("alice", "bob"), ("bob", "alice")] {
+            let mut net = Network::new(chain(&["alice", "bob"], 0), 26);
+            let disk = common::CopyableDisk::default();
+            net.nodes.get_mut(&node(victim)).unwrap().copyable = Some(disk.clone());
+            net.start_all();
+            for id in 0..8 {
+                net.deliver_both("alice", "bob", id, 1024);
+            }
+            net.run(20);
+            let backup = disk.backup();
+            for _ in 0..2 {
+                let given = net.supply(victim, other, keys / 2, 256).unwrap();
+                let ids: Vec<_> = given.iter().map(|k| k.key_id).collect();
+                net.fetch(other, victim, &ids).unwrap();
+            }
+            net.run(40);
+            net.crash(&node(victim));
+            disk.restore(&backup);
+            net.nodes.get_mut(&node(victim)).unwrap().alarms.clear();
+            // Not even before the other end had a chance to see it.
+            net.disconnect(&node(victim), &node(other));
+            net.start(&node(victim));
+            net.disconnect(&node(victim), &node(other));
+            let first = net.supply(victim, other, 1, 256);
+            assert_eq!(
+                first.unwrap_err(),
+                SupplyError::Unreachable,
+                "{case} {victim}"
+            );
+            net.connect(&node(victim), &node(other));
+            net.run(20);
+            for (here, there) in [(victim, other), (other, victim)] {
+                let alarm = Alarm::PeerRolledBack { peer: node(there) };
+                assert_eq!(net.nodes[&node(here)].alarms, [alarm], "{case} {victim}");
+                let refused = net.supply(here, there, 1, 256);
+                assert_eq!(
+                    refused.unwrap_err(),
+                    SupplyError::Unreachable,
+                    "{case} {victim}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_destination_restored_from_a_copy_is_found_too() {
+    let mut net = two();
+    let disk = common::CopyableDisk::default();
+    net.crash(&node("bob"));
+    net.nodes.get_mut(&node("bob")).unwrap().copyable = Some(disk.clone());
+    net.start(&node("bob"));
+    for id in 0..8 {
+        net.deliver_both("alice", "bob", id, 1024);
+    }
+    net.run(20);
+    let backup = disk.backup();
+    let given = net.supply("alice", "bob", 2, 256).unwrap();
+    let ids: Vec<_> = given.iter().map(|k| k.key_id).collect();
+    net.fetch("bob", "alice", &ids).unwrap();
+    net.run(20);
+    net.nodes.get_mut(&node("alice")).unwrap().alarms.clear();
+    net.crash(&node("bob"));
+    disk.restore(&backup);
+    net.start(&node("bob"));
+    net.run(20);
+    // It would give out the same keys again to whom asks with their IDs.
+    assert!(net.fetch("bob", "alice", &ids).is_err());
+    let alarm = Alarm::PeerRolledBack { peer: node("bob") };
+    assert_eq!(net.nodes[&node("alice")].alarms, [alarm]);
+}
+
+#[test]
+fn a_journal_is_compacted_while_keys_flow_and_crashes_happen() {
+    let mut net = three(27);
+    for state in net.nodes.values_mut() {
+        state.journal_limit_bytes = 8 << 10;
+    }
+    for name in ["alice", "relay", "bob"] {
+        net.crash(&node(name));
+        net.start(&node(name));
+    }
+    let mut served = 0;
+    for round in 0..20_u64 {
+        feed(&mut net, round * 4, 4);
+        net.run(10);
+        if let Ok(keys) = net.supply("alice", "bob", 8, 256) {
+            let ids: Vec<_> = keys.iter().map(|k| k.key_id).collect();
+            let fetched = net.fetch("bob", "alice", &ids).unwrap();
+            served += fetched.len();
+            assert!(keys.iter().zip(&fetched).all(|(a, b)| a.key.ct_eq(&b.key)));
+        }
+        if round % 5 == 4 {
+            net.crash(&node("relay"));
+            net.start(&node("relay"));
+        }
+        net.check_books();
+    }
+    assert!(served > 100, "{served}");
+    for name in ["alice", "relay", "bob"] {
+        assert!(
+            matches!(net.ledger(name)[0], Record::Snapshot { .. }),
+            "{name}"
+        );
+        assert!(net.nodes[&node(name)].alarms.is_empty());
+    }
+}
+
+#[test]
+fn a_long_key_does_not_burn_the_stock_that_is_too_short_for_it() {
+    let mut net = two();
+    for id in 0..40 {
+        net.deliver_both("alice", "bob", id, 132);
+    }
+    net.deliver_both("alice", "bob", 90, 4096);
+    net.deliver_both("alice", "bob", 91, 4096);
+    net.run(30);
+    let owner = |net: &Network, at: &str, with: &str| {
+        let before = net.link_stock(at, with);
+        (before > 4000).then_some(before)
+    };
+    let (at, with) = if owner(&net, "alice", "bob").is_some() {
+        ("alice", "bob")
+    } else {
+        ("bob", "alice")
+    };
+    let before = net.link_stock(at, with);
+    net.supply(at, with, 1, 2048 * 8).unwrap();
+    assert_eq!(net.link_stock(at, with), before - 2048);
+    net.check_books();
+}
+
+#[test]
+fn an_order_for_nobody_or_for_too_many_is_refused_and_takes_nothing() {
+    let mut net = two();
+    net.deliver_both("alice", "bob", 1, 2048);
+    net.deliver_both("alice", "bob", 2, 2048);
+    net.run(10);
+    let before = net.link_stock("alice", "bob");
+    let ask = |net: &mut Network, number, applications: usize| {
+        let names = (0..applications).map(|n| app(&format!("app-{n}")));
+        let order = qkd_kma::SupplyOrder {
+            order: 500,
+            master: app("app-alice"),
+            destination: node("bob"),
+            applications: names.collect(),
+            number,
+            size: 64.try_into().unwrap(),
+            level: qkd_keyfile::metadata::SecurityLevel::Qkd,
+        };
+        net.input(&node("alice"), qkd_kma::Input::Supply(order));
+        net.answer("alice", 500).unwrap().map(|keys| keys.len())
+    };
+    for (number, applications) in [(1, 0), (0, 1), (1, 65), (100_000, 1), (u32::MAX, 1)] {
+        let answer = ask(&mut net, number, applications);
+        assert_eq!(
+            answer,
+            Err(SupplyError::BadOrder),
+            "{number} {applications}"
+        );
+    }
+    assert_eq!(net.link_stock("alice", "bob"), before);
+    assert_eq!(ask(&mut net, 2, 64), Ok(2));
+    net.run(20);
+    assert_eq!(net.kma("alice").status().outbox_bindings, 0);
+    assert_eq!(net.kma("bob").status().waiting_bindings, 2);
+}
+
+#[test]
+fn an_application_named_twice_gets_its_key_once_and_the_key_is_done_with() {
+    let mut net = two();
+    net.deliver_both("alice", "bob", 1, 2048);
+    net.run(10);
+    let order = qkd_kma::SupplyOrder {
+        order: 501,
+        master: app("app-alice"),
+        destination: node("bob"),
+        applications: vec![app("app-bob"), app("app-bob")],
+        number: 1,
+        size: 256.try_into().unwrap(),
+        level: qkd_keyfile::metadata::SecurityLevel::Qkd,
+    };
+    net.input(&node("alice"), qkd_kma::Input::Supply(order));
+    let keys = net.answer("alice", 501).unwrap().unwrap();
+    assert!(net.fetch("bob", "alice", &[keys[0].key_id]).is_ok());
+    assert_eq!(net.kma("bob").status().waiting_bindings, 0);
+}
+
+#[test]
+fn keys_that_both_ends_held_before_they_met_are_all_agreed() {
+    let mut net = two();
+    net.disconnect(&node("alice"), &node("bob"));
+    // The IDs that only one end holds sort first: more than are waited for later.
+    for id in 0..300 {
+        net.deliver(
+            &node("bob"),
+            &qkd_key("alice-bob", &format!("a{id:05}")),
+            &[7; 64],
+        );
+    }
+    for id in 0..1500_u64 {
+        let mut key = vec![0; 64];
+        key[..8].copy_from_slice(&id.to_le_bytes());
+        let name = qkd_key("alice-bob", &format!("b{id:05}"));
+        net.deliver(&node("alice"), &name, &key);
+        net.deliver(&node("bob"), &name, &key);
+    }
+    net.connect(&node("alice"), &node("bob"));
+    net.run(20);
+    let stored = net.nodes[&node("alice")].settled.values();
+    assert_eq!(stored.filter(|s| **s == Settlement::Stored).count(), 1500);
+    let stock = net.link_stock("alice", "bob") + net.link_stock("bob", "alice");
+    assert_eq!(stock, 1500 * 32);
+}
+
+#[test]
+fn every_module_pair_of_a_link_has_its_turn() {
+    let mut configs = chain(&["alice", "bob"], 0);
+    for config in &mut configs {
+        for link in config.neighbours.values_mut() {
+            link.module_pairs.push("second".parse().unwrap());
+            link.capacity_bytes = 150 * 992;
+        }
+    }
+    let mut net = Network::new(configs, 31);
+    net.start_all();
+    net.disconnect(&node("alice"), &node("bob"));
+    for id in 0..250_u64 {
+        for pair in ["alice-bob", "second"] {
+            let name = qkd_key(pair, &id.to_string());
+            let key = [id.to_le_bytes(), [7; 8]].concat().repeat(64);
+            net.deliver(&node("alice"), &name, &key);
+            net.deliver(&node("bob"), &name, &key);
+        }
+    }
+    net.connect(&node("alice"), &node("bob"));
+    net.run(40);
+    for pair in ["alice-bob", "second"] {
+        let settled = &net.nodes[&node("alice")].settled;
+        let stored = settled
+            .iter()
+            .filter(|(name, s)| name.module_pair.as_str() == pair && **s == Settlement::Stored);
+        assert!(stored.count() >= 20, "{pair}");
+    }
+}
+
 /// Every span that the ledgers of both ends show, per stream: taken by the owner, each byte once;
 /// followed by the other end, each byte once; pad and keys only where the owner took them.
 fn check_ledgers(net: &Network, names: &[&str]) {

@@ -40,3 +40,143 @@ impl Store {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use qkd_keyfile::{Generation, KmaKeyId, LinkId, NodeId, QkdKeyName, StreamId};
+    use qkd_keyfile::{KsaKeyId, metadata::KeyType, metadata::SecurityLevel};
+    use qkd_secmem::{Locking, Pool, PoolConfig};
+
+    use super::*;
+    use crate::{
+        record::{Binding, Purpose, Stage},
+        store::{NewSegment, read_ledger},
+        vault::sim::{Fault, SimDisk},
+    };
+
+    fn open(disk: &SimDisk) -> Store {
+        let pool = Pool::new(PoolConfig {
+            capacity_bytes: 1 << 20,
+            locking: Locking::Unlocked,
+        });
+        let vault = Box::new(disk.open_sealed().unwrap());
+        Store::open(vault, pool.unwrap(), [1; 16]).unwrap()
+    }
+
+    /// A store with something in every part of its state, longer than one part.
+    fn filled(disk: &SimDisk) -> Store {
+        let mut store = open(disk);
+        let (me, peer): (NodeId, NodeId) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let stream = StreamId::Link(LinkId::between(&me, &peer).unwrap());
+        store.peer_store(&peer, 77);
+        store.use_qkd_keys((0..8000).map(|n| QkdKeyName {
+            module_pair: "mp".parse().unwrap(),
+            generation: Generation(0),
+            id: format!("{n:0>60}").parse().unwrap(),
+        }));
+        for at in 0..40 {
+            let number = store.propose(&stream, None);
+            let ours = at % 2 == 0;
+            let new = NewSegment {
+                stream: stream.clone(),
+                number,
+                stage: Stage::Confirmed,
+                key_type: if ours {
+                    KeyType::Encrypting
+                } else {
+                    KeyType::Decrypting
+                },
+                total_bits: 8 * 64,
+                head_bytes: 32,
+                level: SecurityLevel::Qkd,
+                kma_key_id: KmaKeyId([at; 16]),
+                composition: None,
+                key: &[at; 64],
+            };
+            store.store(new).unwrap();
+            let binding = |span| Binding {
+                key_id: KsaKeyId::from_random([at; 16]),
+                stream: stream.clone(),
+                span,
+                master: "app".parse().unwrap(),
+                applications: vec!["other".parse().unwrap()],
+            };
+            if ours {
+                let spans = store.plan_pad(&stream, 7, 0).unwrap();
+                store.take(&stream, &spans, Purpose::Supply);
+                store.bind(&peer, binding(spans[0]));
+            } else {
+                let span = qkd_keyfile::KeySpan {
+                    segment: number,
+                    offset_bytes: 40,
+                    len_bytes: 5,
+                };
+                let sequence = u64::from(at / 2);
+                store
+                    .receive_binding(&peer, sequence, binding(span))
+                    .unwrap();
+            }
+        }
+        store.commit().unwrap();
+        store
+    }
+
+    #[test]
+    fn a_compacted_journal_is_short_and_adds_up_to_the_same() {
+        let disk = SimDisk::new(1);
+        let mut store = filled(&disk);
+        let before = store.vault.journal_bytes();
+        assert!(!store.compact_if_large(before).unwrap());
+        assert!(store.compact_if_large(before - 1).unwrap());
+        let ledger = read_ledger(&disk.read("journal").unwrap()).unwrap();
+        assert!(ledger.len() > 1, "more than one part");
+        assert!(ledger.iter().all(|r| matches!(r, Record::Snapshot { .. })));
+        let state = store.state;
+        assert_eq!(open(&disk).state, state);
+        // What happens after it is added.
+        let mut store = open(&disk);
+        store.peer_store(&"b".parse().unwrap(), 78);
+        store.commit().unwrap();
+        let state = store.state;
+        assert!(state.received.is_empty(), "the peer's store was replaced");
+        assert_eq!(open(&disk).state, state);
+    }
+
+    #[test]
+    fn a_compaction_that_brings_little_is_not_repeated_at_once() {
+        let disk = SimDisk::new(2);
+        let mut store = filled(&disk);
+        assert!(store.compact_if_large(1).unwrap());
+        store.peer_store(&"c".parse().unwrap(), 1);
+        assert!(!store.compact_if_large(1).unwrap());
+    }
+
+    #[test]
+    fn a_power_cut_anywhere_in_a_compaction_loses_nothing() {
+        for after in 1.. {
+            let disk = SimDisk::new(after);
+            let mut store = filled(&disk);
+            disk.fail_at(disk.operations() + after, Fault::PowerCut);
+            let outcome = store.compact_if_large(0);
+            let state = store.state;
+            disk.restart();
+            assert_eq!(open(&disk).state, state, "cut at operation {after}");
+            if outcome.is_ok() {
+                assert!(after > 4, "a compaction has more operations");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn without_space_the_journal_stays_and_the_store_goes_on() {
+        let disk = SimDisk::new(3);
+        let mut store = filled(&disk);
+        disk.fail_at(disk.operations() + 2, Fault::NoSpace);
+        assert!(!store.compact_if_large(0).unwrap_err().is_final());
+        store.peer_store(&"c".parse().unwrap(), 1);
+        store.commit().unwrap();
+        let state = store.state;
+        assert_eq!(open(&disk).state, state);
+    }
+}

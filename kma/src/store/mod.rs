@@ -9,6 +9,8 @@
 mod compact;
 mod follow;
 mod ledger;
+#[cfg(test)]
+mod model;
 mod read;
 mod take;
 

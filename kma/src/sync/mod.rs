@@ -53,6 +53,8 @@ pub(crate) struct LinkSync {
     unit_bytes: u32,
     connected: bool,
     pairs: BTreeMap<ModulePairId, Pair>,
+    /// Proposer: the module pair whose turn it is.
+    turn: usize,
     /// Proposer: waits for the pipeline, then for the answer.
     proposals: BTreeMap<SegmentNumber, Proposal>,
     /// Answerer: waits for the pipeline.
@@ -85,6 +87,7 @@ impl LinkSync {
             unit_bytes,
             connected: false,
             pairs,
+            turn: 0,
             proposals: BTreeMap::new(),
             comparing: BTreeMap::new(),
             answers: BTreeMap::new(),

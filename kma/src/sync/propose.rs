@@ -38,11 +38,18 @@ impl LinkSync {
     /// Composes segments of QKD-keys that both ends hold, one each, of every module pair in turn.
     pub(super) fn propose(&mut self, cx: &mut Cx<'_>) {
         let names: Vec<ModulePairId> = self.pairs.keys().cloned().collect();
-        loop {
-            let proposed = names.iter().filter(|name| self.propose_one(cx, name));
-            if proposed.count() == 0 {
+        let mut turn = names.iter().cycle().skip(self.turn);
+        let mut idle = 0;
+        while idle < names.len() {
+            let Some(name) = turn.next() else {
                 return;
-            }
+            };
+            self.turn = (self.turn + 1) % names.len();
+            idle = if self.propose_one(cx, name) {
+                0
+            } else {
+                idle + 1
+            };
         }
     }
 

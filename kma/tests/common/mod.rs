@@ -8,6 +8,8 @@
     clippy::missing_panics_doc
 )]
 
+mod copyable;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
@@ -26,6 +28,8 @@ use qkd_kma::{
 };
 use qkd_secmem::{KeyBuf, Locking, Pool, PoolConfig};
 use sha2::{Digest, Sha256};
+
+pub use copyable::CopyableDisk;
 
 /// A small generator; equal seeds give equal runs.
 #[derive(Debug, Clone)]
@@ -77,7 +81,10 @@ pub struct Node {
     pub kma: Option<Kma>,
     pub disk: SimDisk,
     pub volatile: bool,
-    config: KmaConfig,
+    /// Instead of `disk`: one that can be copied and restored.
+    pub copyable: Option<CopyableDisk>,
+    pub journal_limit_bytes: u64,
+    pub config: KmaConfig,
     pool: Pool,
     waiting: BTreeMap<QkdKeyName, (Vec<u8>, u32)>,
     pub settled: BTreeMap<QkdKeyName, Settlement>,
@@ -93,7 +100,9 @@ pub struct Network {
     pub faults: Faults,
     /// Pairs (smaller name first) whose connection is down.
     pub cut: BTreeSet<(NodeId, NodeId)>,
-    wires: VecDeque<(NodeId, NodeId, Vec<u8>)>,
+    pub wires: VecDeque<(NodeId, NodeId, Vec<u8>)>,
+    /// Every message that a node sent, once switched on.
+    pub heard: Option<Vec<(NodeId, NodeId, Vec<u8>)>>,
     pub random: Random,
     orders: u64,
     pub step: Duration,
@@ -164,7 +173,9 @@ pub fn chain(names: &[&str], target_bytes: u64) -> Vec<KmaConfig> {
 
 impl Node {
     fn start(&mut self) {
-        let vault: Box<dyn Vault> = if self.volatile {
+        let vault: Box<dyn Vault> = if let Some(disk) = &self.copyable {
+            Box::new(disk.open())
+        } else if self.volatile {
             Box::new(self.disk.open_memory(self.pool.clone()).unwrap())
         } else {
             Box::new(self.disk.open_sealed().unwrap())
@@ -174,7 +185,7 @@ impl Node {
         let store = Store::open(vault, self.pool.clone(), boot).unwrap();
         assert_eq!(store.inconsistencies(), 0);
         let kma = Kma::new(self.config.clone(), store, boot, Backend::PORTABLE);
-        self.kma = Some(kma);
+        self.kma = Some(kma.with_journal_limit(self.journal_limit_bytes));
     }
 
     /// Segment bits and digests, as the pipeline makes them.
@@ -215,6 +226,8 @@ impl Network {
                 kma: None,
                 disk: SimDisk::new(random.next()),
                 volatile: false,
+                copyable: None,
+                journal_limit_bytes: u64::MAX,
                 pool: pool.clone(),
                 waiting: BTreeMap::new(),
                 settled: BTreeMap::new(),
@@ -234,6 +247,7 @@ impl Network {
             faults: Faults::default(),
             cut: BTreeSet::new(),
             wires: VecDeque::new(),
+            heard: None,
             random,
             orders: 0,
             step: Duration::from_millis(50),
@@ -380,6 +394,9 @@ impl Network {
     }
 
     fn send(&mut self, from: &NodeId, to: NodeId, bytes: Vec<u8>) {
+        if let Some(heard) = &mut self.heard {
+            heard.push((from.clone(), to.clone(), bytes.clone()));
+        }
         if !self.joined(from, &to) || self.random.one_in(self.faults.lose) {
             return;
         }
@@ -398,12 +415,17 @@ impl Network {
     pub fn run(&mut self, steps: usize) {
         for _ in 0..steps {
             self.drain();
-            self.now.mono = self.now.mono.after(self.step);
-            for name in self.nodes.keys().cloned().collect::<Vec<_>>() {
-                self.input(&name, Input::Tick);
-            }
+            self.tick();
         }
         self.drain();
+    }
+
+    /// Lets time pass; what is on the wires stays there.
+    pub fn tick(&mut self) {
+        self.now.mono = self.now.mono.after(self.step);
+        for name in self.nodes.keys().cloned().collect::<Vec<_>>() {
+            self.input(&name, Input::Tick);
+        }
     }
 
     pub fn drain(&mut self) {
