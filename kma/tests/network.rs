@@ -46,6 +46,33 @@ fn qkd_keys_that_both_ends_hold_become_segments_owned_half_and_half() {
 }
 
 #[test]
+fn a_share_that_nobody_uses_does_not_starve_the_other() {
+    let mut configs = chain(&["alice", "bob"], 0);
+    let capacity_bytes = 16 * 1024;
+    for link in configs.iter_mut().flat_map(|c| c.neighbours.values_mut()) {
+        link.capacity_bytes = capacity_bytes;
+    }
+    let mut net = Network::new(configs, 1);
+    net.start_all();
+    // Only alice takes keys, many times what the link holds; bob's half stays.
+    let (mut id, mut taken_bytes) = (0, 0);
+    while taken_bytes < 4 * capacity_bytes {
+        for _ in 0..8 {
+            net.deliver_both("alice", "bob", id, 1056);
+            id += 1;
+        }
+        net.run(20);
+        assert!(
+            net.supply("alice", "bob", 16, 1024).is_ok(),
+            "{taken_bytes}"
+        );
+        taken_bytes += 16 * 128;
+    }
+    assert!(net.link_stock("bob", "alice") <= capacity_bytes / 2 + 2048);
+    net.check_books();
+}
+
+#[test]
 fn a_qkd_key_that_differs_is_discarded_at_both_ends_with_an_alarm() {
     let mut net = two();
     let name = qkd_key("alice-bob", "5");

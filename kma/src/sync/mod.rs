@@ -61,8 +61,6 @@ pub(crate) struct LinkSync {
     comparing: BTreeMap<SegmentNumber, Propose>,
     /// Answerer: what was answered since this process began, to be said again.
     answers: BTreeMap<SegmentNumber, Vec<u8>>,
-    /// Bits assigned so far to (this end, the other), so that each owns half.
-    assigned: (u64, u64),
 }
 
 impl LinkSync {
@@ -91,7 +89,6 @@ impl LinkSync {
             proposals: BTreeMap::new(),
             comparing: BTreeMap::new(),
             answers: BTreeMap::new(),
-            assigned: (0, 0),
         }
     }
 

@@ -96,21 +96,31 @@ impl LinkSync {
         });
         let proposal = Proposal {
             kma_key_id: link_key_id(&self.link, segment, &composition),
-            key_type: self.assign(bits),
+            key_type: self.assign(cx),
             composition,
             made: None,
         };
         self.proposals.insert(segment, proposal);
     }
 
-    /// Whose the next segment is: half of all bits is this end's.
-    fn assign(&mut self, bits: u32) -> KeyType {
-        let (mine, theirs) = &mut self.assigned;
-        if *mine <= *theirs {
-            *mine += u64::from(bits);
+    /// Whose the next segment is: the end's that has less, with what is on its way to it. So each
+    /// has half, and one that uses more is given more: a share that nobody uses cannot fill the
+    /// link and starve the other.
+    fn assign(&self, cx: &Cx<'_>) -> KeyType {
+        let entry = cx.store.stream(&self.stream);
+        let held_bytes = entry.map_or(0, |entry| entry.held_bytes);
+        let mut mine = cx.store.available_bytes(&self.stream);
+        let mut theirs = held_bytes - mine;
+        for proposal in self.proposals.values() {
+            let share = match proposal.key_type {
+                KeyType::Encrypting => &mut mine,
+                KeyType::Decrypting => &mut theirs,
+            };
+            *share += u64::from(proposal.composition.len_bits().unwrap_or(0) / 8);
+        }
+        if mine <= theirs {
             KeyType::Encrypting
         } else {
-            *theirs += u64::from(bits);
             KeyType::Decrypting
         }
     }
