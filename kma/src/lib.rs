@@ -34,6 +34,14 @@ mod used;
 pub mod vault;
 mod wire;
 
+#[cfg(test)]
+extern crate self as qkd_kma;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
+#[cfg(test)]
+mod hostile;
+
 use std::time::Duration;
 
 pub use agent::{Kma, Status};

@@ -36,9 +36,9 @@ impl RangeSet {
         self.0.splice(from..to, [merged]);
     }
 
-    /// Whether `at` is in the set.
+    /// Whether `at` is in the set; the greatest number of all never is.
     pub(crate) fn contains(&self, at: u64) -> bool {
-        self.overlap(at, at + 1) == 1
+        self.overlap(at, at.saturating_add(1)) == 1
     }
 
     /// How many numbers of `start..end` are in the set.
@@ -97,6 +97,14 @@ mod tests {
         assert_eq!(set, RangeSet(vec![(10, 40)]));
         assert!(!set.insert_new(39, 41));
         assert_eq!(set.missing(0, 50), [(0, 10), (40, 50)]);
+    }
+
+    #[test]
+    fn the_greatest_number_of_all_is_in_no_set() {
+        let mut set = RangeSet::default();
+        set.insert(0, u64::MAX);
+        assert!(set.contains(u64::MAX - 1));
+        assert!(!set.contains(u64::MAX));
     }
 
     proptest! {

@@ -278,7 +278,8 @@ impl Session {
     }
 
     fn burn_dead(&mut self, cx: &mut Cx<'_>, marks: &Marks) {
-        for mark in &marks.marks {
+        let me = cx.me;
+        for mark in marks.marks.iter().filter(|mark| self.shares(me, mark)) {
             cx.store.burn_below(
                 &mark.stream,
                 mark.segment,
@@ -300,7 +301,6 @@ impl Session {
     fn are_behind(&self, cx: &Cx<'_>, marks: &Marks) -> bool {
         let received = cx.store.state().peers.get(&self.peer);
         let received = received.map_or(0, |p| p.bindings_received);
-        let ours = |mark: &&Mark| mark.stream.peer_of(cx.me) == Some(&self.peer);
         let behind = |mark: &Mark| match cx.store.segment(&mark.stream, mark.segment) {
             Some(segment) => {
                 segment.key_type == KeyType::Decrypting && segment.is_used_beyond(mark.mark_bytes)
@@ -309,7 +309,14 @@ impl Session {
         };
         received > marks.bindings_next
             || received < marks.bindings_known
-            || marks.marks.iter().filter(ours).any(behind)
+            || marks
+                .marks
+                .iter()
+                .any(|mark| self.shares(cx.me, mark) && behind(mark))
+    }
+
+    fn shares(&self, me: &NodeId, mark: &Mark) -> bool {
+        mark.stream.peer_of(me) == Some(&self.peer)
     }
 
     fn quarantine(&mut self, cx: &mut Cx<'_>) {

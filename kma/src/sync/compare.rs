@@ -33,7 +33,8 @@ impl LinkSync {
         {
             return;
         }
-        if let Some(answer) = self.answers.get(&number) {
+        let said = self.answers.get(&number);
+        if let Some((_, answer)) = said.filter(|(id, _)| *id == propose.kma_key_id) {
             let answer = answer.clone();
             return cx.send_bytes(&self.peer, answer);
         }
@@ -47,7 +48,7 @@ impl LinkSync {
         if propose.kma_key_id != link_key_id(&self.link, number, composition)
             || !self.holds(cx, composition)
         {
-            return self.refuse(cx, number, composition);
+            return self.refuse(cx, &propose);
         }
         cx.out.push(Output::Format {
             ticket: FormatTicket {
@@ -82,7 +83,8 @@ impl LinkSync {
     }
 
     /// The proposer composed something that this end cannot: both drop the QKD-keys.
-    fn refuse(&mut self, cx: &mut Cx<'_>, number: SegmentNumber, composition: &Composition) {
+    fn refuse(&mut self, cx: &mut Cx<'_>, propose: &Propose) {
+        let composition = &propose.composition;
         if let Some(pair) = self.pairs.get_mut(&composition.module_pair) {
             for piece in &composition.pieces {
                 if pair.free_bits(&piece.qkd_key).is_some() {
@@ -91,17 +93,19 @@ impl LinkSync {
                 }
             }
         }
-        self.answer(cx, number, Verdict::Missing, [0; 16]);
+        self.answer(cx, propose, Verdict::Missing, [0; 16]);
     }
 
-    fn answer(&mut self, cx: &mut Cx<'_>, segment: SegmentNumber, verdict: Verdict, tag: [u8; 16]) {
+    fn answer(&mut self, cx: &mut Cx<'_>, propose: &Propose, verdict: Verdict, tag: [u8; 16]) {
+        let segment = propose.segment;
         let message = Message::Answer {
             segment,
             verdict,
             tag,
         }
         .encode();
-        self.answers.insert(segment, message.clone());
+        let said = (propose.kma_key_id, message.clone());
+        self.answers.insert(segment, said);
         if self.answers.len() > ANSWERS_MAX {
             self.answers.pop_first();
         }
@@ -129,7 +133,7 @@ impl LinkSync {
         let with_masks = segment.and_then(|segment| Some((masks_of(&segment)?, segment)));
         let Some((masks, segment)) = with_masks else {
             self.compose(composition, false);
-            return self.refuse(cx, number, composition);
+            return self.refuse(cx, propose);
         };
         let digests = &segment.digests;
         let tag = |half| comparison_tag(half, propose.kma_key_id, composition, digests, &masks);
@@ -138,7 +142,7 @@ impl LinkSync {
             cx.store.note_mismatch(&self.stream, number);
             self.alarm_mismatch(cx, composition);
             self.settle(cx, composition, Settlement::Dropped);
-            return self.answer(cx, number, Verdict::Differ, tag(Half::AnswerDiffer));
+            return self.answer(cx, propose, Verdict::Differ, tag(Half::AnswerDiffer));
         }
         let compared = Compared {
             number,
@@ -154,7 +158,7 @@ impl LinkSync {
         }
         cx.store.use_qkd_keys(names_of(composition));
         self.settle(cx, composition, Settlement::Stored);
-        self.answer(cx, number, Verdict::Match, tag(Half::AnswerMatch));
+        self.answer(cx, propose, Verdict::Match, tag(Half::AnswerMatch));
     }
 
     /// A proposal that was answered before a restart: the same answer, from the stored bits.
@@ -168,7 +172,7 @@ impl LinkSync {
             cx.alarm(Alarm::PeerRolledBack {
                 peer: self.peer.clone(),
             });
-            return self.refuse(cx, number, &propose.composition);
+            return self.refuse(cx, propose);
         }
         let span = KeySpan {
             segment: number,
@@ -181,7 +185,7 @@ impl LinkSync {
             Err(_) => {
                 let reason = DiscardReason::NotStored;
                 cx.store.discard(&self.stream, number, reason);
-                return self.answer(cx, number, Verdict::Missing, [0; 16]);
+                return self.answer(cx, propose, Verdict::Missing, [0; 16]);
             }
         };
         let digests = digests_of(cx, &bits, propose.unit_bytes as usize);
@@ -196,7 +200,7 @@ impl LinkSync {
             &segment.digests,
             &masks,
         );
-        self.answer(cx, number, Verdict::Match, tag);
+        self.answer(cx, propose, Verdict::Match, tag);
     }
 }
 

@@ -60,7 +60,7 @@ pub(crate) struct LinkSync {
     /// Answerer: waits for the pipeline.
     comparing: BTreeMap<SegmentNumber, Propose>,
     /// Answerer: what was answered since this process began, to be said again.
-    answers: BTreeMap<SegmentNumber, Vec<u8>>,
+    answers: BTreeMap<SegmentNumber, (KmaKeyId, Vec<u8>)>,
 }
 
 impl LinkSync {
