@@ -1,13 +1,16 @@
-//! The stage: it keeps QKD-keys until their plan comes, cuts the segment and hashes its units.
+//! The stage: it tests QKD-keys, keeps them until their plan comes, cuts the segment and hashes its
+//! units.
 
 use qkd_kernels::Backend;
 use qkd_keyfile::{Composition, Piece, QkdKeyId, QkdKeyName};
 use qkd_secmem::{KeyBuf, MAX_BLOCK_BYTES, Pool, PoolExhausted};
 
 use crate::{
+    duplicates::Duplicates,
     handoff::Descriptor,
+    health::HealthTests,
     resize::{BitRangeError, Bits, gather},
-    waiting::{Hold, Waiting, WaitingBound},
+    waiting::{Hold, RefuseReason, Waiting, WaitingBound},
 };
 
 /// What a segment is made of and how it is cut: the plan.
@@ -99,6 +102,8 @@ pub enum FormatError {
 #[derive(Debug)]
 pub struct Stage {
     waiting: Waiting,
+    health: HealthTests,
+    duplicates: Duplicates,
     pool: Pool,
     backend: Backend,
 }
@@ -109,14 +114,27 @@ impl Stage {
     pub fn new(pool: Pool, bound: WaitingBound, backend: Backend) -> Self {
         Self {
             waiting: Waiting::new(bound),
+            health: HealthTests::new(backend),
+            duplicates: Duplicates::new(backend),
             pool,
             backend,
         }
     }
 
-    /// Keeps a QKD-key until its plan comes.
+    /// Keeps a QKD-key until its plan comes, if it is healthy and its bits have not come before.
+    ///
+    /// The tests are of the whole bytes of the key, in the order in which the keys of its module
+    /// pair come. A key that comes back with [`Hold::Busy`] has not been tested yet.
     pub fn hold(&mut self, descriptor: Descriptor) -> Hold {
-        self.waiting.hold(descriptor)
+        let (health, duplicates) = (&mut self.health, &mut self.duplicates);
+        self.waiting.hold_if(descriptor, |descriptor| {
+            let key = &descriptor.block.expose()[..descriptor.key_bits as usize / 8];
+            health.judge(&descriptor.name.module_pair, key)?;
+            if duplicates.is_repeated(key) {
+                return Err(RefuseReason::DuplicateBlock);
+            }
+            Ok(())
+        })
     }
 
     /// Cuts a segment by plan and hashes its units.

@@ -11,7 +11,7 @@ use crate::handoff::Descriptor;
 pub struct WaitingBound {
     /// QKD-keys at most (at least one).
     pub keys: usize,
-    /// Bytes of their blocks at most.
+    /// Bytes of their blocks at most, as key memory counts them.
     pub bytes: usize,
 }
 
@@ -38,6 +38,18 @@ pub enum RefuseReason {
         /// [`WaitingBound::bytes`].
         bound_bytes: usize,
     },
+    /// A bit or a byte repeats too often in a row (NIST SP 800-90B, 4.4.1): the source is stuck.
+    #[error("health test failed: equal bits or bytes in a row")]
+    Repetition,
+    /// A window has too many samples like its first (NIST SP 800-90B, 4.4.2).
+    #[error("health test failed: one value too often in a window")]
+    Proportion,
+    /// Far more ones than zeros, or the other way round.
+    #[error("health test failed: ones and zeros out of balance")]
+    Bias,
+    /// The same bits have come before, perhaps under another name or from another module pair.
+    #[error("the same bits have come before")]
+    DuplicateBlock,
 }
 
 /// The answer of [`Waiting::hold`].
@@ -100,19 +112,28 @@ impl Waiting {
 
     /// Keeps a QKD-key, dropping the oldest unconfirmed ones if it must.
     pub fn hold(&mut self, descriptor: Descriptor) -> Hold {
-        if let Some(reason) = self.objection(&descriptor) {
+        self.hold_if(descriptor, |_| Ok(()))
+    }
+
+    /// [`Waiting::hold`], for a QKD-key that passes `inspect`, which is asked once, and last: never
+    /// about one that is refused in any case or that comes back.
+    pub(crate) fn hold_if(
+        &mut self,
+        descriptor: Descriptor,
+        inspect: impl FnOnce(&Descriptor) -> Result<(), RefuseReason>,
+    ) -> Hold {
+        let objection = self.objection(&descriptor);
+        if objection.is_none() && self.is_full_for(&descriptor) {
+            return Hold::Busy(Box::new(descriptor));
+        }
+        if let Some(reason) = objection.or_else(|| inspect(&descriptor).err()) {
             return Hold::Refused {
                 name: descriptor.name,
                 reason,
             };
         }
-        let len_bytes = descriptor.block.len_bytes();
-        let planned_keys = self.keys.len() - self.unconfirmed.len();
-        let planned_bytes = self.bytes - self.unconfirmed_bytes;
-        if planned_keys >= self.bound.keys || planned_bytes + len_bytes > self.bound.bytes {
-            return Hold::Busy(Box::new(descriptor));
-        }
 
+        let len_bytes = descriptor.block.block_bytes();
         let mut dropped = Vec::new();
         while self.keys.len() >= self.bound.keys || self.bytes + len_bytes > self.bound.bytes {
             let Some((_, oldest)) = self.unconfirmed.first_key_value() else {
@@ -138,6 +159,14 @@ impl Waiting {
         Hold::Held { dropped }
     }
 
+    /// Whether planned QKD-keys alone leave no room.
+    fn is_full_for(&self, descriptor: &Descriptor) -> bool {
+        let planned_keys = self.keys.len() - self.unconfirmed.len();
+        let planned_bytes = self.bytes - self.unconfirmed_bytes;
+        planned_keys >= self.bound.keys
+            || planned_bytes + descriptor.block.block_bytes() > self.bound.bytes
+    }
+
     fn objection(&self, descriptor: &Descriptor) -> Option<RefuseReason> {
         let (key_bits, block_bytes) = (descriptor.key_bits, descriptor.block.len_bytes());
         if key_bits == 0 || key_bits as usize > block_bytes * 8 {
@@ -146,6 +175,7 @@ impl Waiting {
                 block_bytes,
             });
         }
+        let block_bytes = descriptor.block.block_bytes();
         if block_bytes > self.bound.bytes {
             return Some(RefuseReason::TooLong {
                 block_bytes,
@@ -168,7 +198,7 @@ impl Waiting {
             return;
         };
         if self.unconfirmed.remove(&entry.arrival).is_some() {
-            self.unconfirmed_bytes -= entry.descriptor.block.len_bytes();
+            self.unconfirmed_bytes -= entry.descriptor.block.block_bytes();
         }
     }
 
@@ -178,7 +208,7 @@ impl Waiting {
         let Some(entry) = self.keys.remove(name) else {
             return false;
         };
-        self.bytes -= entry.descriptor.block.len_bytes();
+        self.bytes -= entry.descriptor.block.block_bytes();
         true
     }
 

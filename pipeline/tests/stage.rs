@@ -242,17 +242,21 @@ fn the_oldest_unconfirmed_make_room_by_count_and_by_bytes() {
         &pool,
         WaitingBound {
             keys: 3,
-            bytes: 200,
+            bytes: 350,
         },
     );
-    for text in ["k1", "k2", "k3"] {
-        assert_eq!(dropped(stage.hold(key(&pool, text, &noise(50, 1)))), []);
+    for (text, seed) in [("k1", 1), ("k2", 2), ("k3", 3)] {
+        assert_eq!(dropped(stage.hold(key(&pool, text, &noise(50, seed)))), []);
     }
     let by_count = stage.hold(key(&pool, "k4", &noise(50, 4)));
     assert_eq!(dropped(by_count), [name("k1")]);
     let by_bytes = stage.hold(key(&pool, "k5", &noise(120, 5)));
     assert_eq!(dropped(by_bytes), [name("k2"), name("k3")]);
-    assert_eq!(stage.waiting().bytes(), 170);
+    assert_eq!(
+        stage.waiting().bytes(),
+        64 + 256,
+        "blocks of key memory, not keys"
+    );
 }
 
 #[test]
@@ -280,7 +284,7 @@ fn keys_that_cannot_be_kept_are_refused_by_name() {
         assert_eq!(refused(stage.hold(odd)), ("k2".to_owned(), reason));
     }
     let reason = RefuseReason::TooLong {
-        block_bytes: 65,
+        block_bytes: 256,
         bound_bytes: 64,
     };
     let long = stage.hold(key(&pool, "k3", &[0; 65]));

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use subtle::ConstantTimeEq;
 
-use crate::pool::Shared;
+use crate::{pool::Shared, region::CLASS_BYTES};
 
 /// Key bytes in a block of a [`Pool`](crate::Pool). Wiped on drop.
 pub struct KeyBuf {
@@ -44,6 +44,11 @@ impl KeyBuf {
     /// How many bytes there are.
     pub fn len_bytes(&self) -> usize {
         self.len_bytes as usize
+    }
+
+    /// How many bytes of the pool the block takes, used or not.
+    pub fn block_bytes(&self) -> usize {
+        CLASS_BYTES[usize::from(self.class)]
     }
 
     /// The bytes. Every call is a place where key can leak: the name is meant to be searched for
