@@ -57,9 +57,10 @@ pub struct NodeConfig {
     pub id: NodeId,
     /// Its data directory, made if it is not there.
     pub data: PathBuf,
-    /// Key memory, in MiB. It is locked, so the limit on locked memory must allow it.
+    /// Key memory, in MiB: at least 4; half of it is for what comes from hardware. It is locked, so
+    /// the limit on locked memory must allow it.
     #[serde(default = "default_key_memory_mib")]
-    pub key_memory_mib: usize,
+    pub key_memory_mib: Spanned<usize>,
     /// Whether key memory that cannot be locked may be used all the same.
     #[serde(default)]
     pub allow_unlocked_memory: bool,
@@ -246,8 +247,8 @@ fn yes() -> bool {
     true
 }
 
-fn default_key_memory_mib() -> usize {
-    64
+fn default_key_memory_mib() -> Spanned<usize> {
+    Spanned::new(0..0, 64)
 }
 
 fn default_max_gib() -> usize {
@@ -367,6 +368,11 @@ impl Config {
     /// What names must refer to, and which may occur once.
     fn check(&self) -> Result<(), (Option<Range<usize>>, String)> {
         let me = &self.node.id;
+        let key_memory_mib = *self.node.key_memory_mib.get_ref();
+        if !(4..=1 << 20).contains(&key_memory_mib) {
+            let what = format!("key_memory_mib = {key_memory_mib} is not within 4 to {}", 1 << 20);
+            return refuse(&self.node.key_memory_mib, what);
+        }
         let mut peers = BTreeSet::new();
         for peer in &self.peers {
             let id = peer.id.get_ref();

@@ -118,7 +118,7 @@ impl Node {
     pub async fn start(config: Config) -> Result<Self, NodeError> {
         let tls = &config.tls;
         let credentials = Arc::new(Reloadable::load(&tls.ca, &tls.certificate, &tls.key)?);
-        let pool = key_memory(&config)?;
+        let (intake_pool, pool) = key_memory(&config)?;
         let boot = random_16();
         let store = Store::open(open_vault(&config, &pool)?, pool.clone(), boot)?;
         let clock = SystemClock::start();
@@ -140,7 +140,7 @@ impl Node {
         let backend = Backend::detect();
         let bound = WaitingBound {
             keys: WAITING_KEYS,
-            bytes: pool.stats().capacity_bytes / 2,
+            bytes: intake_pool.stats().capacity_bytes / 2,
         };
         let stage = spawn(
             Stage::new(pool.clone(), bound, backend),
@@ -172,7 +172,7 @@ impl Node {
             let intake = Intake {
                 module_pair,
                 source,
-                pool: pool.clone(),
+                pool: intake_pool.clone(),
                 pusher: pusher.clone(),
                 settled,
                 full,
@@ -224,7 +224,7 @@ impl Node {
             node: config.node.id.clone(),
             requests: requests.clone(),
             modules,
-            pool,
+            pools: [intake_pool, pool],
         };
         let socket = status::bind(&config.status_socket())?;
         tasks.spawn(server.run(socket, shutdown.clone()));
@@ -315,15 +315,20 @@ async fn listen(address: &str) -> Result<TcpListener, NodeError> {
     })
 }
 
-fn key_memory(config: &Config) -> Result<Pool, PoolError> {
-    Pool::new(PoolConfig {
-        capacity_bytes: config.node.key_memory_mib << 20,
-        locking: if config.node.allow_unlocked_memory {
-            Locking::Preferred
-        } else {
-            Locking::Required
-        },
-    })
+/// Key memory in two halves: one for what comes from hardware, one for everything else, so that a
+/// module that delivers without end never takes the memory in which keys are agreed and supplied.
+fn key_memory(config: &Config) -> Result<(Pool, Pool), PoolError> {
+    let half = || {
+        Pool::new(PoolConfig {
+            capacity_bytes: (config.node.key_memory_mib.get_ref() << 20) / 2,
+            locking: if config.node.allow_unlocked_memory {
+                Locking::Preferred
+            } else {
+                Locking::Required
+            },
+        })
+    };
+    Ok((half()?, half()?))
 }
 
 fn open_vault(config: &Config, pool: &Pool) -> Result<Box<dyn Vault>, NodeError> {

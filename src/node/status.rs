@@ -67,7 +67,9 @@ pub struct MemoryReport {
     pub capacity_bytes: usize,
     /// Whether they are locked.
     pub locked: bool,
-    /// How often there was none left.
+    /// How often a module had to wait for memory.
+    pub intake_exhausted: u64,
+    /// How often there was none left for anything else.
     pub exhausted: u64,
 }
 
@@ -76,7 +78,8 @@ pub(crate) struct StatusServer {
     pub(crate) node: NodeId,
     pub(crate) requests: mpsc::Sender<Request>,
     pub(crate) modules: Vec<(String, watch::Receiver<ModuleReport>)>,
-    pub(crate) pool: qkd_secmem::Pool,
+    /// Key memory of the intake, and of everything else.
+    pub(crate) pools: [qkd_secmem::Pool; 2],
 }
 
 /// A node that does not answer in this time is not well.
@@ -143,7 +146,7 @@ impl StatusServer {
             };
             (stream.stream.to_string(), report)
         });
-        let pool = self.pool.stats();
+        let [intake, working] = self.pools.each_ref().map(qkd_secmem::Pool::stats);
         Some(Report {
             node: self.node.clone(),
             version: env!("CARGO_PKG_VERSION"),
@@ -157,10 +160,11 @@ impl StatusServer {
             outbox_bindings: status.outbox_bindings,
             waiting_bindings: status.waiting_bindings,
             key_memory: MemoryReport {
-                used_bytes: pool.in_use_bytes,
-                capacity_bytes: pool.capacity_bytes,
-                locked: pool.locked,
-                exhausted: pool.exhausted,
+                used_bytes: intake.in_use_bytes + working.in_use_bytes,
+                capacity_bytes: intake.capacity_bytes + working.capacity_bytes,
+                locked: intake.locked && working.locked,
+                intake_exhausted: intake.exhausted,
+                exhausted: working.exhausted,
             },
             inconsistencies: status.inconsistencies,
         })
