@@ -267,7 +267,7 @@ fn may_cut(
     let vouched = sessions.get(&order.destination).map(Session::may_supply);
     let peers = &cx.store.state().peers;
     let waiting = peers.get(&order.destination).map_or(0, |p| p.outbox.len());
-    if vouched == Some(false) || waiting + number > OUTBOX_MAX {
+    if vouched != Some(true) || waiting + number > OUTBOX_MAX {
         return Err(SupplyError::Unreachable);
     }
     Ok(())

@@ -623,16 +623,16 @@ fn a_node_restored_from_a_copy_uses_nothing_and_is_alarmed_at_both_ends() {
             disk.restore(&backup);
             net.nodes.get_mut(&node(victim)).unwrap().alarms.clear();
             // Not even before the other end had a chance to see it.
-            net.disconnect(&node(victim), &node(other));
+            net.crash(&node(other));
             net.start(&node(victim));
-            net.disconnect(&node(victim), &node(other));
             let first = net.supply(victim, other, 1, 256);
             assert_eq!(
                 first.unwrap_err(),
                 SupplyError::Unreachable,
                 "{case} {victim}"
             );
-            net.connect(&node(victim), &node(other));
+            net.nodes.get_mut(&node(other)).unwrap().alarms.clear();
+            net.start(&node(other));
             net.run(20);
             for (here, there) in [(victim, other), (other, victim)] {
                 let alarm = Alarm::PeerRolledBack { peer: node(there) };
@@ -816,6 +816,37 @@ fn keys_that_both_ends_held_before_they_met_are_all_agreed() {
     assert_eq!(stored.filter(|s| **s == Settlement::Stored).count(), 1500);
     let stock = net.link_stock("alice", "bob") + net.link_stock("bob", "alice");
     assert_eq!(stock, 1500 * 32);
+}
+
+#[test]
+fn more_bindings_than_one_window_arrive_and_more_marks_than_one_message() {
+    let mut net = two();
+    for id in 0..8600 {
+        net.deliver_both("alice", "bob", id, 33);
+    }
+    net.deliver_both("alice", "bob", 8600, 8192);
+    net.deliver_both("alice", "bob", 8601, 8192);
+    net.run(20);
+    // Marks of more than 4096 segments go out when a process of either end is new.
+    for victim in ["alice", "bob"] {
+        net.crash(&node(victim));
+        net.start(&node(victim));
+        net.run(2);
+        assert!(net.supply("alice", "bob", 1, 8).is_ok(), "{victim}");
+        assert!(net.supply("bob", "alice", 1, 8).is_ok(), "{victim}");
+    }
+    net.disconnect(&node("alice"), &node("bob"));
+    let keys: Vec<_> = (0..5)
+        .flat_map(|_| net.supply("alice", "bob", 1000, 8).unwrap())
+        .collect();
+    net.connect(&node("alice"), &node("bob"));
+    net.run(20);
+    assert_eq!(net.kma("alice").status().outbox_bindings, 0);
+    assert_eq!(net.kma("bob").status().waiting_bindings, 5002);
+    let last = keys.last().unwrap();
+    let fetched = net.fetch("bob", "alice", &[last.key_id]).unwrap();
+    assert!(fetched[0].key.ct_eq(&last.key));
+    net.check_books();
 }
 
 #[test]
