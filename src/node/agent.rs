@@ -84,6 +84,8 @@ pub(crate) struct Agent {
     orders: VecDeque<Command>,
     replies: HashMap<u64, oneshot::Sender<Supplied>>,
     next_order: u64,
+    /// QKD-keys dropped because too many waited.
+    dropped: u64,
 }
 
 impl Agent {
@@ -97,6 +99,7 @@ impl Agent {
             orders: VecDeque::new(),
             replies: HashMap::new(),
             next_order: 0,
+            dropped: 0,
         }
     }
 
@@ -199,7 +202,12 @@ impl Agent {
                 self.settle(name, Settlement::Dropped);
             }
             StageEvent::DroppedOldest { name } => {
-                tracing::warn!(qkd_key = %name, "QKD-key dropped: too many wait for the other end");
+                // One line for each would be a flood: at 1, 2, 4, 8 …
+                self.dropped += 1;
+                if self.dropped.is_power_of_two() {
+                    let dropped = self.dropped;
+                    tracing::warn!(qkd_key = %name, dropped, "QKD-key dropped: too many wait for the other end");
+                }
                 self.handle(Input::Lost(name));
             }
             StageEvent::Formatted { ticket, result } => {

@@ -20,8 +20,12 @@ use tokio::{
 
 use super::until_stop;
 
-/// Key blocks of one module that may be on their way at a time.
+/// Key blocks of one module that may be on their way at a time, as far as its share of key memory
+/// allows.
 const CREDIT_BLOCKS: u32 = 256;
+
+/// Key blocks that may be on their way however long they are, so that two can alternate.
+const CREDIT_BLOCKS_LEAST: u32 = 2;
 
 /// Blocks that stop counting as on their way after a time without any settlement.
 const FORGOTTEN_BLOCKS: u32 = 64;
@@ -37,6 +41,8 @@ pub(crate) struct Intake {
     pub(crate) module_pair: ModulePairId,
     pub(crate) source: Box<dyn KeySource>,
     pub(crate) pool: Pool,
+    /// How much key memory this module's blocks may take while they wait, in bytes.
+    pub(crate) share_bytes: usize,
     pub(crate) pusher: Pusher,
     pub(crate) settled: mpsc::UnboundedReceiver<(QkdKeyName, Settlement)>,
     /// Whether the store of the link is full.
@@ -70,12 +76,13 @@ pub struct ModuleReport {
 impl Intake {
     /// Reads the module until it is gone for good or the node stops.
     pub(crate) async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
-        let mut credit = Credit::default();
+        let mut credit = Credit::new(self.share_bytes, self.source.max_block_bytes());
         self.source.grant(credit.top_up());
         let mut free = None;
         let mut progress = Instant::now();
         loop {
-            let Some(mut buffer) = self.buffer(free.take(), &mut credit, &mut shutdown).await else {
+            let Some(mut buffer) = self.buffer(free.take(), &mut credit, &mut shutdown).await
+            else {
                 return;
             };
             let event = tokio::select! {
@@ -99,8 +106,8 @@ impl Intake {
             };
             match event {
                 Ok(Event::Key(key)) => {
-                    credit.used();
                     let (descriptor, left) = self.key(key, buffer);
+                    credit.used(descriptor.block.block_bytes());
                     free = left;
                     if !self.push(descriptor, &mut shutdown).await {
                         return;
@@ -235,25 +242,54 @@ impl Intake {
 }
 
 /// What a module may still deliver, and what it has delivered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Credit {
     /// Blocks that it may deliver now.
     left: u32,
     /// Blocks delivered and not settled, without the forgotten ones.
     unsettled: u32,
+    share_bytes: usize,
+    /// Key memory of its longest block so far.
+    block_bytes: usize,
+    /// Whether it has delivered any; before that, its blocks may be as long as it ever makes them.
+    known: bool,
 }
 
 impl Credit {
-    /// Blocks to grant, so that [`CREDIT_BLOCKS`] are on their way; they count as granted.
+    const fn new(share_bytes: usize, max_block_bytes: usize) -> Self {
+        Self {
+            left: 0,
+            unsettled: 0,
+            share_bytes,
+            block_bytes: max_block_bytes,
+            known: false,
+        }
+    }
+
+    /// Blocks that may be on their way.
+    fn limit(&self) -> u32 {
+        let blocks = u32::try_from(self.share_bytes / self.block_bytes.max(1));
+        blocks
+            .unwrap_or(u32::MAX)
+            .clamp(CREDIT_BLOCKS_LEAST, CREDIT_BLOCKS)
+    }
+
+    /// Blocks to grant, so that as many are on their way as may be; they count as granted.
     fn top_up(&mut self) -> u32 {
-        let more = CREDIT_BLOCKS.saturating_sub(self.left + self.unsettled);
+        let more = self.limit().saturating_sub(self.left + self.unsettled);
         self.left += more;
         more
     }
 
-    fn used(&mut self) {
+    fn used(&mut self, block_bytes: usize) {
         self.left = self.left.saturating_sub(1);
         self.unsettled += 1;
+        self.block_bytes = if self.known {
+            self.block_bytes.max(block_bytes)
+        } else {
+            block_bytes
+        };
+        self.known = true;
     }
 
     fn settled(&mut self) {
@@ -273,32 +309,52 @@ impl Credit {
 mod tests {
     use super::*;
 
+    const SHARE: usize = 64 << 10;
+
+    fn credit() -> Credit {
+        let mut credit = Credit::new(SHARE, 256 << 10);
+        assert_eq!(credit.top_up(), CREDIT_BLOCKS_LEAST);
+        credit
+    }
+
     #[test]
     fn credit_is_used_by_delivery_and_given_back_by_settlement() {
-        let mut credit = Credit::default();
-        assert_eq!(credit.top_up(), CREDIT_BLOCKS);
-        for _ in 0..CREDIT_BLOCKS {
-            credit.used();
+        let mut credit = credit();
+        credit.used(1 << 10);
+        assert_eq!(
+            credit.top_up(),
+            64 - 2,
+            "the share holds 64 blocks of this length"
+        );
+        while !credit.is_spent() {
+            credit.used(1 << 10);
         }
-        assert!(credit.is_spent());
         assert_eq!(credit.top_up(), 0);
         credit.settled();
         assert_eq!(credit.top_up(), 1);
     }
 
     #[test]
+    fn short_blocks_get_no_more_credit_than_there_is_and_long_ones_no_less() {
+        let mut credit = credit();
+        credit.used(32);
+        assert_eq!(credit.limit(), CREDIT_BLOCKS);
+        credit.used(256 << 10);
+        assert_eq!(credit.limit(), CREDIT_BLOCKS_LEAST);
+    }
+
+    #[test]
     fn blocks_that_nobody_settles_give_their_credit_back_in_the_end() {
-        let mut credit = Credit::default();
-        credit.top_up();
-        for _ in 0..10 * CREDIT_BLOCKS {
+        let mut credit = credit();
+        for _ in 0..1000 {
             while !credit.is_spent() {
-                credit.used();
+                credit.used(256);
             }
             credit.forget();
-            assert_eq!(credit.top_up(), FORGOTTEN_BLOCKS);
+            assert!(credit.top_up() > 0);
         }
         // Settled late, they give no credit twice.
-        for _ in 0..20 * CREDIT_BLOCKS {
+        for _ in 0..100_000 {
             credit.settled();
             credit.top_up();
             assert!(credit.left + credit.unsettled <= CREDIT_BLOCKS);

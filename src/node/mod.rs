@@ -153,11 +153,19 @@ impl Node {
 
         let mut modules = Vec::new();
         let mut settle = BTreeMap::new();
+        let pair_count = config
+            .links
+            .iter()
+            .map(|l| l.module_pairs.len())
+            .sum::<usize>();
+        let share_bytes = bound.bytes / pair_count.max(1);
         let mut full_links = Vec::new();
         let pairs = config.links.iter().flat_map(|link| {
             let (full_sender, full) = watch::channel(false);
             full_links.push((link.peer.get_ref().clone(), full_sender));
-            link.module_pairs.iter().map(move |pair| (pair, full.clone()))
+            link.module_pairs
+                .iter()
+                .map(move |pair| (pair, full.clone()))
         });
         for (pair, full) in pairs {
             let module_pair = pair.name.get_ref().clone();
@@ -173,6 +181,7 @@ impl Node {
                 module_pair,
                 source,
                 pool: intake_pool.clone(),
+                share_bytes,
                 pusher: pusher.clone(),
                 settled,
                 full,
