@@ -8,11 +8,12 @@ use std::{
 
 use qkd_handover::type7::{self, HEADER_BYTES, Header, Type7Error};
 use qkd_keyfile::{
-    KeyFile, KeyFileError, KeyMetadata,
+    KeyFile, KeyFileError,
     codec::{MAGIC, MAX_METADATA_BYTES},
     units::bytes_for_bits,
 };
 use serde::Serialize;
+use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, chain};
@@ -67,7 +68,7 @@ struct Contents {
     key_bits: Option<u32>,
     randomness: Option<Randomness>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    metadata: Option<Box<KeyMetadata>>,
+    metadata: Option<Value>,
 }
 
 #[derive(Debug, Serialize)]
@@ -178,8 +179,20 @@ fn inspect_key_file(bytes: &[u8], contents: &mut Contents) -> Result<(), Inspect
     let file = KeyFile::decode(bytes)?;
     contents.key_bits = Some(file.key_bits);
     contents.randomness = Randomness::of(file.key, file.key_bits);
-    contents.metadata = Some(Box::new(file.metadata));
+    contents.metadata = serde_json::to_value(file.metadata).ok().map(withhold);
     Ok(())
+}
+
+/// Takes out digests of key bits: whoever has one can check a guess.
+fn withhold(mut metadata: Value) -> Value {
+    for (name, value) in metadata.as_object_mut().into_iter().flatten() {
+        if name == "digest" {
+            *value = "withheld".into();
+        } else {
+            *value = withhold(value.take());
+        }
+    }
+    metadata
 }
 
 impl Randomness {
@@ -260,9 +273,8 @@ impl Inspection {
             );
             line("longest run", format!("{} bits", random.longest_run_bits));
         }
-        if let Some(metadata) = &contents.metadata
-            && let Ok(json) = serde_json::to_string_pretty(metadata)
-        {
+        if let Some(metadata) = &contents.metadata {
+            let json = format!("{metadata:#}");
             line("metadata", json.replace('\n', &format!("\n{:15}", "")));
         }
     }

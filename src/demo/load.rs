@@ -10,7 +10,7 @@ use std::{
 
 use qkd_keyfile::AppId;
 use subtle::ConstantTimeEq;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 
 use super::application::{Application, Key, RequestError};
 
@@ -114,7 +114,8 @@ impl Tally {
     }
 }
 
-/// Runs both applications: new keys are fetched until `until`, and then all of them were compared.
+/// Runs both applications: until `until`, new keys are fetched once in `every`, or as soon after as
+/// the nodes can; then all of them are compared.
 ///
 /// # Errors
 ///
@@ -124,12 +125,13 @@ pub async fn run(
     source: Application,
     destination: Application,
     until: Instant,
+    every: Duration,
     tally: &Tally,
 ) -> Result<(), RequestError> {
     // A request may be under way at either end, and one waits.
     let (sender, receiver) = mpsc::channel(1);
     let (from, to) = (source.id().clone(), destination.id().clone());
-    let asking = ask(source, &to, until, tally, sender);
+    let asking = ask(source, &to, until, every, tally, sender);
     let fetching = fetch(destination, &from, tally, receiver);
     tokio::try_join!(asking, fetching)?;
     Ok(())
@@ -139,10 +141,14 @@ async fn ask(
     mut source: Application,
     to: &AppId,
     until: Instant,
+    every: Duration,
     tally: &Tally,
     sender: mpsc::Sender<Vec<Key>>,
 ) -> Result<(), RequestError> {
+    let mut pace = tokio::time::interval(every);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while Instant::now() < until {
+        pace.tick().await;
         let start = Instant::now();
         match source.enc_keys(to, KEYS_PER_REQUEST, KEY_BITS).await {
             Ok(keys) => {

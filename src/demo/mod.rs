@@ -34,6 +34,9 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 /// Time between two looks at the processes and at the nodes' status.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
+/// Time between two requests of app-a, 128 keys each: what the simulated devices can well sustain.
+const REQUEST_EVERY: Duration = Duration::from_millis(16);
+
 /// What to show.
 #[derive(Debug)]
 pub struct Options {
@@ -108,7 +111,8 @@ pub async fn run(options: &Options, stop: impl Future<Output = ()>) -> Result<()
         network.dir.display()
     ));
     let program = std::env::current_exe()?;
-    let mut running = Running::start(&network, &program).await?;
+    let mut running = Running::start(&network, &program)?;
+    running.start_devices(&network).await?;
     view.processes(&running);
 
     tokio::pin!(stop);
@@ -189,7 +193,7 @@ async fn show(
     let tally = Tally::default();
     let until = Instant::now() + Duration::from_secs(options.seconds);
     let [app_a, app_b] = two_ends(network)?;
-    let load = load::run(app_a, app_b, until, &tally);
+    let load = load::run(app_a, app_b, until, REQUEST_EVERY, &tally);
     tokio::pin!(load);
     let mut look = tokio::time::interval(LOOK_EVERY);
     loop {

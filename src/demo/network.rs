@@ -155,7 +155,7 @@ impl Plan {
         let pair = |name: &str, transport, pace| PairPlan {
             name: name.to_owned(),
             transport,
-            block_bits: 1 << 17,
+            block_bits: 1 << 16,
             pace,
         };
         let app = |id: &str, node: &NodeId| (known::<AppId>(id), node.clone());
@@ -165,14 +165,14 @@ impl Plan {
                     a: alice.clone(),
                     b: relay.clone(),
                     pairs: vec![
-                        pair("alice-relay-serial", Transport::Serial, 25.0),
-                        pair("alice-relay-files", Transport::Files, 25.0),
+                        pair("alice-relay-serial", Transport::Serial, 50.0),
+                        pair("alice-relay-files", Transport::Files, 50.0),
                     ],
                 },
                 LinkPlan {
                     a: relay.clone(),
                     b: bob.clone(),
-                    pairs: vec![pair("relay-bob-memory", Transport::SharedMemory, 50.0)],
+                    pairs: vec![pair("relay-bob-memory", Transport::SharedMemory, 100.0)],
                 },
             ],
             stock: Some(StockPlan {
@@ -357,12 +357,11 @@ impl Network {
     }
 
     fn hand_over_folders(&self) -> impl Iterator<Item = PathBuf> {
-        let ends = self.plan.links.iter().flat_map(|link| {
+        self.plan.links.iter().flat_map(|link| {
             let files = |pair: &&PairPlan| pair.transport == Transport::Files;
             let pairs = link.pairs.iter().filter(files);
             pairs.flat_map(|pair| [&link.a, &link.b].map(|node| self.module(&pair.name, node)))
-        });
-        ends
+        })
     }
 
     fn node_text(&self, node: &NodeFiles) -> String {

@@ -52,13 +52,12 @@ pub enum RunningError {
 }
 
 impl Running {
-    /// Starts the controller, the nodes, and the devices of each node in a process of their own.
-    /// `program` is this program. Needs a tokio runtime.
+    /// Starts the controller and the nodes. `program` is this program. Needs a tokio runtime.
     ///
     /// # Errors
     ///
     /// [`RunningError::Process`]; nothing goes on running.
-    pub async fn start(network: &Network, program: &Path) -> Result<Self, RunningError> {
+    pub fn start(network: &Network, program: &Path) -> Result<Self, RunningError> {
         let mut running = Self {
             program: program.to_owned(),
             dir: network.dir.clone(),
@@ -70,7 +69,6 @@ impl Running {
         for node in &network.nodes {
             running.start_node(node)?;
         }
-        running.start_devices(network).await?;
         Ok(running)
     }
 
@@ -84,8 +82,13 @@ impl Running {
             .map(drop)
     }
 
-    /// The devices of each node; they share one fresh seed, which no file and no argument holds.
-    async fn start_devices(&mut self, network: &Network) -> Result<(), RunningError> {
+    /// Starts the simulated devices of each node in a process of their own. All share one fresh seed,
+    /// which no file and no argument holds.
+    ///
+    /// # Errors
+    ///
+    /// [`RunningError::Process`]: not all run.
+    pub async fn start_devices(&mut self, network: &Network) -> Result<(), RunningError> {
         let mut seed = Zeroizing::new([0; 32]);
         SystemEntropy.fill(&mut *seed);
         let mut line = Zeroizing::new(Vec::with_capacity(65));
