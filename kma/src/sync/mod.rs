@@ -61,6 +61,8 @@ pub(crate) struct LinkSync {
     comparing: BTreeMap<SegmentNumber, Propose>,
     /// Answerer: what was answered since this process began, to be said again.
     answers: BTreeMap<SegmentNumber, (KmaKeyId, Vec<u8>)>,
+    /// QKD-keys whose IDs had come in before.
+    came_again: u64,
 }
 
 impl LinkSync {
@@ -89,6 +91,7 @@ impl LinkSync {
             proposals: BTreeMap::new(),
             comparing: BTreeMap::new(),
             answers: BTreeMap::new(),
+            came_again: 0,
         }
     }
 
@@ -124,6 +127,13 @@ impl LinkSync {
             return cx.settle(name, Settlement::Dropped);
         };
         if cx.store.is_used(&name) {
+            // After a restart, hardware may deliver again what is settled already. A module that
+            // numbers its QKD-keys anew looks alike, and loses them until generations are raised.
+            self.came_again += 1;
+            if self.came_again.is_power_of_two() {
+                let times = self.came_again;
+                tracing::warn!(qkd_key = %name, times, "an ID that came in before; dropped");
+            }
             cx.settle(name, Settlement::Dropped);
         } else if !(MIN_SEGMENT_BITS..=MAX_SEGMENT_BITS).contains(&key_bits) {
             tracing::warn!(qkd_key = %name, key_bits, "too short or too long for a segment; dropped");
