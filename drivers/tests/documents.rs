@@ -4,14 +4,17 @@
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     process::{Child, Command, Output},
 };
 
 use common::event;
-use qkd_drivers::{DriverConfig, Event, KeySource, SerialConfig, Settlement};
+use qkd_drivers::{DriverConfig, Event, KeySource, SerialConfig, Settlement, SharedMemoryConfig};
 use qkd_handover::{
     block::BlockHeader,
+    ring::{Consumer, Producer, greeting::Greeting},
     serial::{Body, Credit, Decoder, Frame, encode},
     status::{ModuleState, Status},
 };
@@ -49,6 +52,15 @@ fn dumps(document: &str) -> BTreeMap<(String, String), String> {
     dumps
 }
 
+/// The block that both documents show.
+const SHOWN: BlockHeader = BlockHeader {
+    number: 4096,
+    generated_at: Some(UnixTime(1_767_225_600_000_000_000)),
+    key_bits: 12,
+    qber_ppm: Some(25_000),
+};
+const SHOWN_KEY: &[u8] = &[0xab, 0xc0];
+
 /// The frames that the serial document shows.
 fn shown_frames() -> Vec<(&'static str, Frame<'static>)> {
     let frame = |session, seq, body| Frame { session, seq, body };
@@ -66,13 +78,7 @@ fn shown_frames() -> Vec<(&'static str, Frame<'static>)> {
         resend: true,
         ..credit(0, 0, 256)
     };
-    let header = BlockHeader {
-        number: 4096,
-        generated_at: Some(UnixTime(1_767_225_600_000_000_000)),
-        key_bits: 12,
-        qber_ppm: Some(25_000),
-    };
-    let key = &[0xab, 0xc0];
+    let (header, key) = (SHOWN, SHOWN_KEY);
     let status = Status {
         state: Some(ModuleState::Running),
         qber_ppm: Some(25_000),
@@ -192,11 +198,15 @@ fn made_up_key(number: u64) -> Vec<u8> {
         .collect()
 }
 
-/// Takes all blocks and settles each; returns how often the device was gone, and what was damaged.
-async fn take_all(source: &mut dyn KeySource, device: &mut Child) -> (u32, u32) {
-    let (mut detached, mut corrupt, mut next) = (0, 0, 0);
+/// Takes blocks in order and settles each; returns how often the device was gone meanwhile.
+async fn take(
+    source: &mut dyn KeySource,
+    device: &mut Child,
+    numbers: std::ops::Range<u64>,
+) -> u32 {
+    let (mut detached, mut next) = (0, numbers.start);
     source.grant(16);
-    while next < BLOCKS {
+    while next < numbers.end {
         match event(source).await {
             (Event::Key(block), key) => {
                 let id = block.metadata.qkd_key_id;
@@ -207,12 +217,11 @@ async fn take_all(source: &mut dyn KeySource, device: &mut Child) -> (u32, u32) 
                 next += 1;
             }
             (Event::Detached { .. }, _) => detached += 1,
-            (Event::Corrupt { .. }, _) => corrupt += 1,
-            (Event::Gap { blocks }, _) => panic!("{blocks} blocks are lost"),
+            (other @ (Event::Gap { .. } | Event::Corrupt { .. }), _) => panic!("{other:?}"),
             _ => assert_eq!(device.try_wait().unwrap().filter(|s| !s.success()), None),
         }
     }
-    (detached, corrupt)
+    detached
 }
 
 /// Has the driver answer until the device has ended, as it does when all is durable here.
@@ -246,7 +255,83 @@ async fn a_device_written_from_the_serial_document_loses_no_block_over_a_bad_lin
         ..SerialConfig::new(&link)
     };
     let mut source = DriverConfig::Serial(config).open().unwrap();
-    let (detached, _) = take_all(&mut *source, &mut device.0).await;
+    let detached = take(&mut *source, &mut device.0, 0..BLOCKS).await;
     assert!(detached >= 1, "the cable was pulled");
     expect_end(&mut *source, &mut device.0).await;
+}
+
+#[test]
+fn the_ring_dumps_are_what_both_sides_write() {
+    let dumps = dumps("ring-abi.md");
+    let shown = |name: &str| dumps[&(name.to_owned(), "bytes".to_owned())].clone();
+    assert_eq!(dumps.len(), 5);
+
+    let greeting = Greeting {
+        generation: 7,
+        last_durable: Some(4095),
+    };
+    assert_eq!(shown("greeting"), hex(&greeting.encode()));
+
+    let (_consumer, memory) = Consumer::create(1 << 16, 7, 1).unwrap();
+    let mut producer = Producer::attach(memory.as_fd(), &greeting).unwrap();
+    producer.write_block(&SHOWN, SHOWN_KEY).unwrap();
+    let status = Status {
+        state: Some(ModuleState::Running),
+        ..Status::default()
+    };
+    producer.write_status(&status).unwrap();
+    producer.write_end().unwrap();
+    let memory = File::from(memory);
+    for (name, offset) in [
+        ("header", 0),
+        ("key", 4096),
+        ("status", 4096 + 64),
+        ("end", 4096 + 128),
+    ] {
+        let shown = shown(name);
+        let mut bytes = vec![0; shown.len() / 2];
+        memory.read_exact_at(&mut bytes, offset).unwrap();
+        assert_eq!(shown, hex(&bytes), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn the_example_producer_in_c_sends_again_what_a_bridge_that_died_had_not_made_durable() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("ring_producer");
+    let mut compiler = Command::new("cc");
+    compiler.args(["-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", "-I"]);
+    compiler.arg(root().join("drivers/handover/include"));
+    compiler.arg("-o").arg(&program);
+    if run(compiler.arg(root().join("examples/ring_producer.c"))).is_none() {
+        return;
+    }
+    let socket = folder.path().join("tx-1.sock");
+    let mut producer = Command::new(program);
+    let mut producer = Running(
+        producer
+            .arg(&socket)
+            .arg(BLOCKS.to_string())
+            .spawn()
+            .unwrap(),
+    );
+    let driver = DriverConfig::SharedMemory(SharedMemoryConfig {
+        capacity_bytes: 1 << 13,
+        ..SharedMemoryConfig::new(&socket)
+    });
+    let mut source = driver.open().unwrap();
+    take(&mut *source, &mut producer.0, 0..50).await;
+    for number in 50..60 {
+        // Read, and not settled: a bridge that dies now has them no more.
+        loop {
+            if let (Event::Key(block), _) = event(&mut *source).await {
+                assert_eq!(block.metadata.qkd_key_id.as_str(), number.to_string());
+                break;
+            }
+        }
+    }
+    drop(source);
+    let mut source = driver.open().unwrap();
+    take(&mut *source, &mut producer.0, 50..BLOCKS).await;
+    expect_end(&mut *source, &mut producer.0).await;
 }
