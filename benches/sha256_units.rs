@@ -4,11 +4,16 @@
 //! is what the pipeline calls; the backends show what other CPUs get. One core; the units are in
 //! the second-level cache, as the pipeline's blocks are.
 
+mod cases;
+
 use std::hint::black_box;
 
+use cases::{
+    noise,
+    sha256_units::{check, one_by_one},
+};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use qkd_kernels::Backend;
-use sha2::{Digest, Sha256};
 
 /// 32 B is one AES-256 key, 256 B a short key unit, 4 KiB one bulk unit, 64 KiB one arena block.
 const UNIT_BYTES: [usize; 4] = [32, 256, 4 << 10, 64 << 10];
@@ -39,33 +44,6 @@ fn sha256_units(c: &mut Criterion) {
         }
     }
     group.finish();
-}
-
-/// The rival.
-fn one_by_one(data: &[u8], unit_bytes: usize, digests: &mut [[u8; 32]]) {
-    for (unit, digest) in data.chunks_exact(unit_bytes).zip(digests) {
-        *digest = Sha256::digest(unit).into();
-    }
-}
-
-fn check(backend: Backend, data: &[u8], unit_bytes: usize) {
-    let mut expected = vec![[0; 32]; data.len() / unit_bytes];
-    let mut digests = expected.clone();
-    one_by_one(data, unit_bytes, &mut expected);
-    backend.sha256_units(data, unit_bytes, &mut digests);
-    assert_eq!(digests, expected, "{}", backend.name());
-}
-
-/// Repeatable noise; equal seeds give equal bytes.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let step = |_| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        state.to_be_bytes()[0]
-    };
-    (0..len).map(step).collect()
 }
 
 criterion_group!(benches, sha256_units);

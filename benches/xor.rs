@@ -3,8 +3,11 @@
 //! Question: is XOR bound by memory, or does the loop cost anything? A copy reads one stream where
 //! XOR reads two, so a backend near `memcpy` has nothing left to win.
 
+mod cases;
+
 use std::hint::black_box;
 
+use cases::noise;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use qkd_kernels::Backend;
 
@@ -36,18 +39,6 @@ fn check(backend: Backend, data: &[u8], pad: &[u8]) {
     let mut out = data.to_vec();
     backend.xor_in_place(&mut out, pad);
     assert!(out.iter().zip(data).zip(pad).all(|((o, d), p)| *o == d ^ p));
-}
-
-/// Repeatable noise; equal seeds give equal bytes.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let step = |_| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        state.to_be_bytes()[0]
-    };
-    (0..len).map(step).collect()
 }
 
 criterion_group!(benches, xor);
