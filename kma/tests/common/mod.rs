@@ -9,6 +9,7 @@
 )]
 
 mod copyable;
+mod scenes;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -30,6 +31,8 @@ use qkd_secmem::{KeyBuf, Locking, Pool, PoolConfig};
 use sha2::{Digest, Sha256};
 
 pub use copyable::CopyableDisk;
+#[allow(unused_imports)]
+pub use scenes::{check_ledgers, feed, feed_chain, hop_on_the_wire, three, two};
 
 /// A small generator; equal seeds give equal runs.
 #[derive(Debug, Clone)]
