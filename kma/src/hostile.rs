@@ -621,6 +621,47 @@ fn marks_of_anothers_stream_or_beyond_all_bounds_move_nothing() {
 }
 
 #[test]
+fn a_hash_key_is_rotated_and_hops_under_the_one_before_are_still_taken() {
+    let mut net = three();
+    net.heard = Some(Vec::new());
+    net.faults.overtake = 3;
+    net.run(60);
+    assert_eq!(net.stock("alice", "bob"), 4096);
+    let mut keys = std::collections::BTreeSet::new();
+    for (from, to, bytes) in net.heard.take().unwrap() {
+        if let Some(Message::Relay(hop)) = Message::decode(&bytes)
+            && (from, to) == (node("alice"), node("relay"))
+        {
+            let header: RelayHeader = postcard::from_bytes(&hop.header).unwrap();
+            keys.insert(header.hash_key);
+        }
+    }
+    assert!(keys.len() > 1, "{} hash keys", keys.len());
+    assert!(net.nodes[&node("relay")].alarms.is_empty());
+    net.check_books();
+}
+
+#[test]
+fn keys_that_nobody_fetches_make_room_for_later_ones() {
+    let mut net = two();
+    let keys: Vec<_> = (0..3)
+        .flat_map(|_| net.supply("alice", "bob", 100, 64).unwrap())
+        .collect();
+    net.run(2);
+    let status = net.kma("bob").status();
+    assert_eq!(
+        (status.waiting_bindings, status.forgotten_bindings),
+        (256, 44)
+    );
+    let gone = net.fetch("bob", "alice", &[keys[43].key_id]);
+    assert_eq!(gone.unwrap_err(), crate::SupplyError::UnknownKeyId);
+    let kept = net.fetch("bob", "alice", &[keys[44].key_id]).unwrap();
+    assert!(kept[0].key.ct_eq(&keys[44].key));
+    net.run(20);
+    net.check_books();
+}
+
+#[test]
 fn hops_whose_header_cannot_be_burn_nothing_and_open_no_row() {
     let mut net = three();
     let hop = take(&mut net, |from, _, message| match message {
