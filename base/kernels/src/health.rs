@@ -213,15 +213,14 @@ impl HealthState {
         stats.bits_repeat |= bits_repeat != 0;
         stats.bytes_repeat |= bytes_repeat != 0;
 
-        let mut most_same_bits = 0;
-        for words in stream[1..].as_chunks::<BIT_WINDOW_WORDS>().0 {
-            let ones: u64 = words.iter().map(|word| u64::from(word.count_ones())).sum();
+        for window in bytes.as_chunks::<BIT_WINDOW>().0 {
+            let ones = count_ones(window);
             let zeros = u64::from(PROPORTION_WINDOW_BITS) - ones;
-            let one_first = first_bit(words[0]);
+            let one_first = first_bit(u64::from(window[0]) << 56);
+            let same = ones & one_first | zeros & !one_first;
             stats.ones += ones;
-            most_same_bits = most_same_bits.max(ones & one_first | zeros & !one_first);
+            stats.most_same_bits = stats.most_same_bits.max(same);
         }
-        stats.most_same_bits = stats.most_same_bits.max(most_same_bits);
 
         // Counted in lanes of one byte each, which cannot overflow, and added up at the end.
         let mut same = [0_u8; 64];
@@ -263,6 +262,18 @@ impl Words {
             wipe_values(words);
         }
     }
+}
+
+/// Adds up in lanes, and the lanes at the end.
+#[inline(always)]
+fn count_ones(window: &[u8; BIT_WINDOW]) -> u64 {
+    let mut lanes = [0; 8];
+    for row in window.as_chunks::<8>().0.as_chunks::<8>().0 {
+        for (lane, word) in lanes.iter_mut().zip(row) {
+            *lane += u64::from(u64::from_ne_bytes(*word).count_ones());
+        }
+    }
+    lanes.iter().sum()
 }
 
 /// A one for each bit of `word` that differs from the bit `by` places before it; `before` is the
@@ -325,4 +336,3 @@ const WINDOW: usize = PROPORTION_WINDOW_BYTES as usize;
 const WORDS: usize = WINDOW / 8;
 /// Bytes in a window of bits.
 const BIT_WINDOW: usize = PROPORTION_WINDOW_BITS as usize / 8;
-const BIT_WINDOW_WORDS: usize = BIT_WINDOW / 8;
