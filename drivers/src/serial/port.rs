@@ -1,13 +1,16 @@
 //! An open serial port: raw, and ours alone.
 
 use std::{
+    fs::{self, File, OpenOptions},
     io,
+    os::unix::fs::OpenOptionsExt,
     path::Path,
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
-use nix::errno::Errno;
+use nix::{errno::Errno, fcntl::OFlag};
+use rustix::termios::ioctl_tiocnxcl;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_serial::{ClearBuffer, FlowControl, SerialPort, SerialPortBuilderExt, SerialStream};
 
@@ -20,16 +23,23 @@ pub(super) struct Port(SerialStream);
 impl Port {
     /// Opens the port in raw mode, with TIOCEXCL and an exclusive `flock`: the first does not keep
     /// root out, the second only those who ask.
+    ///
+    /// A pseudo-terminal has the lock only: it keeps TIOCEXCL for as long as its other end is open,
+    /// so that after a process that was killed nobody but root could open it again.
     pub(super) fn open(path: &Path, baud: u32, rts_cts: bool) -> io::Result<Self> {
         let flow_control = if rts_cts {
             FlowControl::Hardware
         } else {
             FlowControl::None
         };
+        let second = is_pseudo_terminal(path).then(|| second_handle(path));
         let stream = tokio_serial::new(path.to_string_lossy(), baud)
             .flow_control(flow_control)
             .exclusive(true)
             .open_native_async()?;
+        if let Some(second) = second {
+            ioctl_tiocnxcl(second?)?;
+        }
         Ok(Self(stream))
     }
 
@@ -67,6 +77,19 @@ impl Drop for Port {
     fn drop(&mut self) {
         let _ = self.0.clear(ClearBuffer::Output);
     }
+}
+
+fn is_pseudo_terminal(path: &Path) -> bool {
+    fs::canonicalize(path).is_ok_and(|path| path.starts_with("/dev/pts"))
+}
+
+/// A handle that does nothing until it is closed.
+fn second_handle(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(flags.bits())
+        .open(path)
 }
 
 fn reason(error: &io::Error) -> DetachReason {

@@ -47,8 +47,9 @@ impl Port {
         fcntl_setfl(&master, OFlags::NONBLOCK)?;
         let name = ptsname(&master, Vec::new())?;
         let slave = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
-        // Until the host's end was open once, the master does not tell that it is closed.
-        drop(open_line(slave, config.baud)?);
+        // Until the host's end was open once, the master does not tell that it is closed. TIOCEXCL
+        // would stay for as long as the master is open, and let nobody but root in.
+        drop(open_raw(slave, config.baud)?);
         Ok(Self::Pty {
             master,
             _link: Link::new(slave, &config.path)?,
@@ -107,11 +108,17 @@ impl Drop for Link {
 
 /// Opens a line raw, 8N1, for this process alone.
 fn open_line(path: &Path, baud: u32) -> Result<OwnedFd, Errno> {
+    let fd = open_raw(path, baud)?;
+    ioctl_tiocexcl(&fd)?;
+    Ok(fd)
+}
+
+/// The same, but the lock alone keeps others out.
+fn open_raw(path: &Path, baud: u32) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let fd = open(path, flags, Mode::empty())?;
     // TIOCEXCL does not keep out root, the lock does.
     flock(&fd, FlockOperation::NonBlockingLockExclusive)?;
-    ioctl_tiocexcl(&fd)?;
     let mut modes = tcgetattr(&fd)?;
     modes.make_raw();
     modes.control_modes &= !(ControlModes::CSTOPB | ControlModes::PARENB);
