@@ -1,11 +1,12 @@
 //! The same key bytes a second time: a device that repeats itself, or a replay.
 //!
 //! Two QKD-keys with the same bits would be one-time pad used twice, whatever they are called. A
-//! fingerprint of every QKD-key that was kept stays here after the key is gone.
+//! fingerprint of every QKD-key that was kept stays here after the key is gone. It is taken of the
+//! first [`HEAD_BYTES`]: whoever repeats a key repeats its head, and the cost has a bound.
 //!
 //! # What a fingerprint tells
 //!
-//! It is 64 bits of SHA-256 over a secret and the POLYVAL hash of the key under another secret. Both
+//! It is 64 bits of SHA-256 over a secret and the POLYVAL hash of the head under another secret. Both
 //! are drawn when the process starts and never leave it, so nobody can prepare keys that collide,
 //! and SHA-256 lets nobody who reads the process's memory turn it back into key.
 //!
@@ -25,6 +26,9 @@ pub(crate) const WINDOW: usize = 1 << 16;
 
 /// The shortest key that has a fingerprint.
 pub(crate) const SHORTEST_BYTES: usize = 16;
+
+/// How much of a key its fingerprint is taken of.
+const HEAD_BYTES: usize = 4 << 10;
 
 /// The fingerprints of the last keys.
 #[derive(Debug)]
@@ -54,16 +58,16 @@ impl Duplicates {
     /// Whether the key is among the last ones; if not, it is now.
     pub(crate) fn is_repeated(&mut self, key: &[u8]) -> bool {
         key.len() >= SHORTEST_BYTES && {
-            let fingerprint = self.fingerprint(key);
+            let fingerprint = self.fingerprint(&key[..key.len().min(HEAD_BYTES)]);
             !self.seen.insert(fingerprint)
         }
     }
 
-    fn fingerprint(&self, key: &[u8]) -> u64 {
+    fn fingerprint(&self, head: &[u8]) -> u64 {
         let mut message = [0; 32];
         let mut digest = [[0; 32]];
         message[..16].copy_from_slice(&self.secret.0);
-        message[16..].copy_from_slice(&self.hash.tag(&[], key));
+        message[16..].copy_from_slice(&self.hash.tag(&[], head));
         self.backend.sha256_units(&message, 32, &mut digest);
         wipe(&mut message);
         u64::from_le_bytes(digest[0].as_chunks().0[0])
@@ -218,6 +222,19 @@ mod tests {
             one_bit_off[100] ^= 1;
             assert!(!duplicates.is_repeated(&one_bit_off));
         }
+    }
+
+    #[test]
+    fn a_long_key_is_known_by_its_head() {
+        let mut duplicates = Duplicates::new(Backend::detect());
+        let mut key = vec![7; 3 * HEAD_BYTES];
+        assert!(!duplicates.is_repeated(&key));
+        key[HEAD_BYTES] = 8;
+        assert!(duplicates.is_repeated(&key));
+        assert!(duplicates.is_repeated(&key[..HEAD_BYTES]));
+        assert!(!duplicates.is_repeated(&key[..HEAD_BYTES - 1]));
+        key[HEAD_BYTES - 1] = 8;
+        assert!(!duplicates.is_repeated(&key));
     }
 
     #[test]
