@@ -370,7 +370,10 @@ impl Config {
         let me = &self.node.id;
         let key_memory_mib = *self.node.key_memory_mib.get_ref();
         if !(4..=1 << 20).contains(&key_memory_mib) {
-            let what = format!("key_memory_mib = {key_memory_mib} is not within 4 to {}", 1 << 20);
+            let what = format!(
+                "key_memory_mib = {key_memory_mib} is not within 4 to {}",
+                1 << 20
+            );
             return refuse(&self.node.key_memory_mib, what);
         }
         let mut peers = BTreeSet::new();
@@ -435,6 +438,12 @@ impl Config {
                 let id = app.id.get_ref();
                 return refuse(&app.id, format!("application {id} is listed twice"));
             }
+        }
+        let most = self.supply.as_ref().map_or(0, |s| s.max_keys_per_request);
+        if most > qkd_kma::KEYS_MAX {
+            let limit = qkd_kma::KEYS_MAX;
+            let what = format!("[supply]: max_keys_per_request = {most} is more than {limit}");
+            return Err((None, what));
         }
         match self.supply.as_ref().map(SupplyConfig::profile) {
             Some(Err(error)) => Err((None, format!("[supply]: {error}"))),

@@ -45,7 +45,7 @@ log = "info"
 [node]
 id = "alice"
 data = "data"
-key_memory_mib = 2
+key_memory_mib = 4
 allow_unlocked_memory = true
 [tls]
 ca = "pki/ca.pem"
@@ -120,7 +120,10 @@ fn log(dir: &Path) -> String {
 fn wait_until(what: &str, mut happened: impl FnMut() -> bool) {
     let started = Instant::now();
     while !happened() {
-        assert!(started.elapsed() < Duration::from_secs(20), "not in 20 s: {what}");
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "not in 20 s: {what}"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -157,7 +160,10 @@ fn a_hang_up_makes_a_node_read_its_certificates_and_log_levels_again() {
     });
     assert!(status(dir.path()).is_some());
     assert!(node.stop().success());
-    assert!(!log(dir.path()).contains("node stops"), "that is said at level info");
+    assert!(
+        !log(dir.path()).contains("node stops"),
+        "that is said at level info"
+    );
 }
 
 #[test]
@@ -167,7 +173,10 @@ fn a_store_in_use_is_refused_with_its_name() {
     let node = Node::start(dir.path());
     let path = dir.path().join("alice.toml");
     let config = fs::read_to_string(&path).unwrap();
-    let old = config.lines().find(|line| line.starts_with("listen")).unwrap();
+    let old = config
+        .lines()
+        .find(|line| line.starts_with("listen"))
+        .unwrap();
     let moved = format!("listen = \"127.0.0.1:{}\"", free_port());
     fs::write(&path, config.replace(old, &moved)).unwrap();
     let mut second = program()
@@ -178,7 +187,15 @@ fn a_store_in_use_is_refused_with_its_name() {
         .unwrap();
     assert_eq!(second.wait().unwrap().code(), Some(1));
     let mut said = String::new();
-    second.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert!(said.contains("in use by another process") && said.contains("data/store"), "{said}");
+    second
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    assert!(
+        said.contains("in use by another process") && said.contains("data/store"),
+        "{said}"
+    );
     assert!(node.stop().success());
 }

@@ -22,8 +22,8 @@ use crate::{
     wire::{MAX_APPLICATIONS, MAX_ITEMS, Message},
 };
 
-/// Keys, or key IDs, in one order.
-const KEYS_MAX: usize = 1024;
+/// Keys, or key IDs, in one order, at most.
+pub const KEYS_MAX: u32 = 1024;
 
 /// Bindings that no destination has acknowledged, at most, per destination; then no key is cut.
 const OUTBOX_MAX: usize = 1 << 16;
@@ -91,7 +91,7 @@ impl Supply {
         sessions: &BTreeMap<NodeId, Session>,
         order: SupplyByIdOrder,
     ) {
-        if order.key_ids.is_empty() || order.key_ids.len() > KEYS_MAX {
+        if order.key_ids.is_empty() || order.key_ids.len() > KEYS_MAX as usize {
             return reply(cx, order.order, Err(SupplyError::BadOrder));
         }
         match fetch(cx, &order) {
@@ -258,8 +258,7 @@ fn may_cut(
     sessions: &BTreeMap<NodeId, Session>,
     order: &SupplyOrder,
 ) -> Result<(), SupplyError> {
-    let number = order.number as usize;
-    if !(1..=KEYS_MAX).contains(&number)
+    if !(1..=KEYS_MAX).contains(&order.number)
         || !(1..=MAX_APPLICATIONS).contains(&order.applications.len())
     {
         return Err(SupplyError::BadOrder);
@@ -267,7 +266,7 @@ fn may_cut(
     let vouched = sessions.get(&order.destination).map(Session::may_supply);
     let peers = &cx.store.state().peers;
     let waiting = peers.get(&order.destination).map_or(0, |p| p.outbox.len());
-    if vouched != Some(true) || waiting + number > OUTBOX_MAX {
+    if vouched != Some(true) || waiting + order.number as usize > OUTBOX_MAX {
         return Err(SupplyError::Unreachable);
     }
     Ok(())

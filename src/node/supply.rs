@@ -96,7 +96,8 @@ impl KeySupply for NodeSupply {
             level: request.level,
         };
         let result = self.ask(|reply| Request::Supply(order, reply)).await?;
-        answer(result, &request.caller, &first, key_bits)
+        let number = u64::from(request.number);
+        answer(result, &request.caller, &first, number, key_bits)
     }
 
     async fn supply_by_id(
@@ -119,7 +120,7 @@ impl KeySupply for NodeSupply {
         let result = self.ask(|reply| Request::SupplyById(order, reply)).await?;
         match result {
             Err(qkd_kma::SupplyError::UnknownKeyId) => Err(SupplyError::UnknownKeys { missing }),
-            result => answer(result, &request.caller, &request.master, 0),
+            result => answer(result, &request.caller, &request.master, missing as u64, 0),
         }
     }
 }
@@ -128,6 +129,7 @@ fn answer(
     result: Result<Vec<qkd_kma::SuppliedKey>, qkd_kma::SupplyError>,
     caller: &AppId,
     other: &AppId,
+    asked_keys: u64,
     asked_bits: u64,
 ) -> Result<Vec<SuppliedKey>, SupplyError> {
     let keys = result.map_err(|error| match error {
@@ -143,6 +145,10 @@ fn answer(
             caller: caller.clone(),
         },
         qkd_kma::SupplyError::Unreachable => SupplyError::TimedOut,
+        qkd_kma::SupplyError::BadOrder => SupplyError::TooManyKeys {
+            asked: asked_keys,
+            most: qkd_kma::KEYS_MAX,
+        },
         _ => SupplyError::Faulty,
     })?;
     let supplied = |key: qkd_kma::SuppliedKey| SuppliedKey {
