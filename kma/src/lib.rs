@@ -52,6 +52,7 @@ pub use io::{
 };
 pub use record::{Binding, BurnReason, DiscardReason, Purpose, Record, Stage, StoredSegment};
 pub use stream::Accounts;
+pub use supply::KEYS_MAX;
 
 /// What was not answered is said again after this time.
 pub(crate) const RESEND_AFTER: Duration = Duration::from_millis(500);
