@@ -57,6 +57,8 @@ pub struct ModuleReport {
     pub attached: bool,
     /// Who it says it is.
     pub device: Option<String>,
+    /// What it says of itself, such as `running`; nothing where it is not within reach.
+    pub state: Option<String>,
     /// Key blocks delivered.
     pub blocks: u64,
     /// Bits in them.
@@ -218,6 +220,8 @@ impl Intake {
                 tracing::warn!(%module_pair, ?event, "module");
             }
             Event::Metric(_) => tracing::trace!(%module_pair, ?event, "module"),
+            // Modules say it every second.
+            Event::State(state) if self.state.borrow().state == Some(word(state)) => {}
             _ => tracing::info!(%module_pair, ?event, "module"),
         }
         self.state.send_modify(|state| match event {
@@ -225,7 +229,11 @@ impl Intake {
                 state.attached = true;
                 state.device = Some(device.clone());
             }
-            Event::Detached { .. } => state.attached = false,
+            Event::Detached { .. } => {
+                state.attached = false;
+                state.state = None;
+            }
+            Event::State(now) => state.state = Some(word(now)),
             Event::Gap { blocks } => state.gap_blocks += blocks,
             Event::Corrupt { .. } => state.corrupt_blocks += 1,
             Event::Empty { .. } => state.empty_blocks += 1,
@@ -239,6 +247,11 @@ impl Intake {
             _ => {}
         });
     }
+}
+
+/// A module's state as `status` gives it.
+fn word(state: &impl std::fmt::Debug) -> String {
+    format!("{state:?}").to_lowercase()
 }
 
 /// What a module may still deliver, and what it has delivered.
