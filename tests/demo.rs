@@ -6,15 +6,20 @@ mod support;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Lines, Read},
     net::SocketAddr,
     path::Path,
-    process::{Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use support::{program, qkd_bridge, stderr, stdout};
+use tempfile::TempDir;
 
 #[test]
 fn every_key_arrives_at_both_ends_and_demo_json_says_where_everything_is() {
@@ -89,36 +94,116 @@ fn a_folder_in_use_is_refused() {
     assert!(stderr(&output).contains("is not empty; give a new folder"));
 }
 
+/// A demonstration that goes on, and the processes that it has started.
+struct Running {
+    demo: Child,
+    /// Name and ID of each.
+    processes: Vec<(String, String)>,
+    lines: Lines<BufReader<ChildStdout>>,
+    _folder: TempDir,
+}
+
+impl Running {
+    fn start(args: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut demo = Command::new(program())
+            .args(["demo", "--dir"])
+            .arg(folder.path())
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
+        let list = lines
+            .find_map(|line| Some(line.unwrap().strip_prefix("processes: ")?.to_owned()))
+            .unwrap();
+        let split = |entry: &str| {
+            let (name, id) = entry.split_once(" (").unwrap();
+            (name.to_owned(), id.trim_end_matches(')').to_owned())
+        };
+        Self {
+            demo,
+            processes: list.split(", ").map(split).collect(),
+            lines,
+            _folder: folder,
+        }
+    }
+
+    fn wait_for_line(&mut self, part: &str) {
+        let mut lines = self.lines.by_ref().map(Result::unwrap);
+        assert!(lines.any(|line| line.contains(part)), "no line with {part}");
+    }
+
+    fn all_end(&self, within: Duration) {
+        let start = Instant::now();
+        // One that has ended, and that nobody has waited for yet, has no command line any more.
+        let runs = |(_, id): &(String, String)| {
+            fs::read(format!("/proc/{id}/cmdline"))
+                .is_ok_and(|line| line.starts_with(program().as_os_str().as_encoded_bytes()))
+        };
+        assert_eq!(self.processes.len(), 7);
+        while self.processes.iter().any(runs) {
+            assert!(start.elapsed() < within, "some go on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn signal(id: &str, signal: Signal) {
+    kill(Pid::from_raw(id.parse().unwrap()), signal).unwrap();
+}
+
 #[test]
 fn a_demonstration_that_is_killed_leaves_no_process_behind() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut demo = Command::new(program())
-        .args(["demo", "--keep", "--dir"])
-        .arg(folder.path())
-        .stdout(Stdio::piped())
-        .spawn()
+    let mut running = Running::start(&["--keep"]);
+    running.demo.kill().unwrap();
+    running.demo.wait().unwrap();
+    running.all_end(Duration::from_secs(10));
+}
+
+#[test]
+fn a_node_that_dies_early_fails_the_demonstration_with_its_last_words() {
+    let mut running = Running::start(&["--seconds", "60"]);
+    let (_, relay) = running
+        .processes
+        .iter()
+        .find(|(name, _)| name == "relay")
         .unwrap();
-    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
-    let line = lines
-        .find_map(|line| Some(line.unwrap().strip_prefix("processes: ")?.to_owned()))
+    signal(relay, Signal::SIGKILL);
+    running.wait_for_line("stopping");
+    assert_eq!(running.demo.wait().unwrap().code(), Some(1));
+    let mut err = String::new();
+    running
+        .demo
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut err)
         .unwrap();
-    let ids: Vec<String> = line
-        .split(['(', ')'])
-        .skip(1)
-        .step_by(2)
-        .map(str::to_owned)
-        .collect();
-    assert_eq!(ids.len(), 7, "{line}");
-    demo.kill().unwrap();
-    demo.wait().unwrap();
-    let killed = Instant::now();
-    // A process that has ended and that nobody has waited for yet has no command line any more.
-    let runs = |id: &String| {
-        fs::read(format!("/proc/{id}/cmdline"))
-            .is_ok_and(|line| line.starts_with(program().as_os_str().as_encoded_bytes()))
-    };
-    while ids.iter().any(runs) {
-        assert!(killed.elapsed() < Duration::from_secs(10), "some go on");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    assert!(
+        err.contains("relay has ended; the end of its log:"),
+        "{err}"
+    );
+    running.all_end(Duration::ZERO);
+}
+
+#[test]
+fn a_network_that_is_kept_says_how_to_use_it_and_stops_in_good_order() {
+    let mut running = Running::start(&["--seconds", "1", "--keep"]);
+    running.wait_for_line("curl --cacert ");
+    running.wait_for_line("/api/v1/keys/app-a/dec_keys");
+    // The load is over: a node may die now, and is only told of.
+    let (_, bob) = running
+        .processes
+        .iter()
+        .find(|(name, _)| name == "bob")
+        .unwrap();
+    signal(bob, Signal::SIGKILL);
+    running.wait_for_line("bob has ended");
+    let asked = Instant::now();
+    signal(&running.demo.id().to_string(), Signal::SIGTERM);
+    assert!(running.demo.wait().unwrap().success());
+    assert!(asked.elapsed() < Duration::from_secs(5));
+    running.all_end(Duration::ZERO);
 }
