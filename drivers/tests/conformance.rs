@@ -140,10 +140,12 @@ impl Bench for Port {
     }
 }
 
+type Kept = BTreeMap<u64, (BlockHeader, Vec<u8>)>;
+
 /// A producer that keeps its blocks, in a thread.
 struct Ring {
     folder: TempDir,
-    kept: Arc<Mutex<BTreeMap<u64, (BlockHeader, Vec<u8>)>>>,
+    kept: Arc<Mutex<Kept>>,
     hang_up: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -179,12 +181,7 @@ impl Ring {
 }
 
 /// One connection, until the driver or the bench ends it.
-fn serve(
-    mut connected: Connected,
-    kept: &Mutex<BTreeMap<u64, (BlockHeader, Vec<u8>)>>,
-    hang_up: &AtomicBool,
-    stop: &AtomicBool,
-) {
+fn serve(mut connected: Connected, kept: &Mutex<Kept>, hang_up: &AtomicBool, stop: &AtomicBool) {
     let forget = |durable: Option<u64>| {
         let is_kept = |number| durable.is_none_or(|durable| number > durable);
         kept.lock().unwrap().retain(|&number, _| is_kept(number));
