@@ -11,7 +11,9 @@ use std::{
 };
 
 use common::event;
-use qkd_drivers::{DriverConfig, Event, KeySource, SerialConfig, Settlement, SharedMemoryConfig};
+use qkd_drivers::{
+    DirectoryConfig, DriverConfig, Event, KeySource, SerialConfig, Settlement, SharedMemoryConfig,
+};
 use qkd_handover::{
     block::BlockHeader,
     ring::{Consumer, Producer, greeting::Greeting},
@@ -124,6 +126,51 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// The configuration of a kind of driver in `docs/drivers.md`.
+fn shown_configuration(kind: &str) -> String {
+    let text = std::fs::read_to_string(root().join("docs/drivers.md")).unwrap();
+    let (_, rest) = text.split_once(&format!("```toml {kind}\n")).unwrap();
+    rest.split_once("```").unwrap().0.to_owned()
+}
+
+#[test]
+fn every_setting_is_shown_with_its_default() {
+    let serial = SerialConfig::new("/dev/serial/by-id/usb-Vendor_QKD_0001-if00-port0");
+    let expected = [
+        ("serial", DriverConfig::Serial(serial)),
+        (
+            "shared-memory",
+            DriverConfig::SharedMemory(SharedMemoryConfig::new("/run/qkd-bridge/tx-1.sock")),
+        ),
+        (
+            "directory",
+            DriverConfig::Directory(DirectoryConfig::new("/run/qkd-bridge/keys")),
+        ),
+    ];
+    for (kind, expected) in expected {
+        let text = shown_configuration(kind);
+        assert_eq!(toml::from_str(&text), Ok(expected.clone()), "{kind}");
+        // With those that have no default, all fields of the type are there.
+        let with_optional = text.replace("# module =", "module =");
+        let with_optional = with_optional.replace("# matching_module =", "matching_module =");
+        let with_optional = with_optional.replace("# device =", "device =");
+        let table: toml::Table = toml::from_str(&with_optional).unwrap();
+        assert!(toml::from_str::<DriverConfig>(&with_optional).is_ok());
+        let debug = format!("{expected:#?}");
+        let fields = debug.lines().filter_map(|line| {
+            let field = line.strip_prefix("        ")?;
+            let (name, _) = field.split_once(": ")?;
+            (!name.starts_with(' ')).then(|| name.to_owned())
+        });
+        let mut count = 0;
+        for name in fields {
+            assert!(table.contains_key(&name), "{kind}: {name} is not shown");
+            count += 1;
+        }
+        assert_eq!(table.len(), count + 1, "{kind}: all fields, and the kind");
     }
 }
 
