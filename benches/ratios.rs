@@ -93,7 +93,8 @@ fn sha256(once: bool) {
         let goals = [
             goal("avx512", with_avx512, "sha2"),
             goal("sha_ni", 1.2, "sha2"),
-            goal("portable", 1.0, "sha2"),
+            // The same code in the end: 1, up to what two runs differ by.
+            goal("portable", 0.98, "sha2"),
         ];
         report("sha256_units", unit_bytes, bytes, cases, &goals, once);
     }
