@@ -179,7 +179,8 @@ impl Plan {
                 a: alice.clone(),
                 b: bob.clone(),
                 target_kib: 256,
-                unit_bytes: 16 * 1024,
+                // With its head and metadata a little less than a 16 KiB block of key memory.
+                unit_bytes: 15 * 1024,
             }),
             apps: vec![
                 app("app-a", &alice),
