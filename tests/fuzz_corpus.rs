@@ -12,7 +12,7 @@ use std::{fs, path::Path};
 
 use targets::{Entry, TARGETS};
 
-/// Of each seed; the fuzzer makes millions.
+/// Of each seed, unless `QKD_MUTATIONS` says how many.
 const MUTATIONS: u64 = 40;
 
 fn replay(name: &str) {
@@ -26,10 +26,11 @@ fn replay(name: &str) {
         .collect();
     seeds.sort();
     assert!(!seeds.is_empty(), "{name} has no seeds");
+    let mutations = std::env::var("QKD_MUTATIONS").map_or(MUTATIONS, |text| text.parse().unwrap());
     for path in seeds {
         let seed = fs::read(&path).unwrap();
         run(*entry, &seed, &format!("{}", path.display()));
-        for number in 0..MUTATIONS {
+        for number in 0..mutations {
             let what = format!("mutation {number} of {}", path.display());
             run(*entry, &mutation(&seed, number), &what);
         }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use qkd_handover::{
-    block::{BlockHeader, MAX_KEY_BITS},
+    block::BlockHeader,
     ring::{
         Consumer, HEADER_BYTES, MIN_CAPACITY_BYTES, Producer, ReadError, Record, greeting::Greeting,
     },
@@ -46,8 +46,9 @@ pub fn run(input: &[u8]) {
     while !input.is_empty() {
         ring.step(&mut input);
     }
-    for _ in 0..100 {
-        ring.read(bytes_for_bits(MAX_KEY_BITS));
+    // As many records as fit.
+    for _ in 0..=CAPACITY_BYTES / 64 {
+        ring.read(CAPACITY_BYTES);
     }
     ring.consumer = None;
     let mut data = vec![0xa5; CAPACITY_BYTES];
@@ -198,10 +199,11 @@ impl Ring {
         record.extend_from_slice(&u64::from(crc).to_le_bytes());
         record.extend_from_slice(payload);
         record.resize(record.len().next_multiple_of(64), 0);
-        for (i, byte) in record.iter().enumerate().take(CAPACITY_BYTES) {
-            let at = (read_pos + i as u64) % CAPACITY_BYTES as u64;
-            self.poke(HEADER_BYTES as u64 + at, &[*byte]);
-        }
+        let start = read_pos % CAPACITY_BYTES as u64;
+        let to_end = CAPACITY_BYTES - usize::try_from(start).unwrap();
+        let (front, back) = record.split_at(record.len().min(to_end));
+        self.poke(HEADER_BYTES as u64 + start, front);
+        self.poke(HEADER_BYTES as u64, back);
         let write_pos = read_pos.wrapping_add(record.len() as u64);
         self.poke(0x80, &write_pos.to_le_bytes());
     }

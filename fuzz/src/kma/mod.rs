@@ -12,25 +12,27 @@
 //! An input is a shape (two nodes or three in a row, disks or memory) and steps; see [`Step`]. Peers
 //! are real key managers, so that a message before its damage is a good one, tags and all.
 
+mod node;
+mod step;
+mod wire;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
-use qkd_kernels::Backend;
 use qkd_keyfile::{
-    Composition, Entropy, Generation, KeyBits, KsaKeyId, Mono, NodeId, Now, QkdKeyName, StreamId,
-    UnixTime, metadata::SecurityLevel,
+    Entropy, Generation, KeyBits, KsaKeyId, Mono, Now, QkdKeyName, UnixTime,
+    metadata::SecurityLevel,
 };
 use qkd_kma::{
-    Alarm, FormattedSegment, Input as KmaInput, Kma, KmaConfig, LinkConfig, Output, Record,
-    RemoteConfig, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
-    store::{Store, read_ledger},
-    vault::{Vault, sim::SimDisk},
+    Alarm, Input as KmaInput, Output, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
-use qkd_secmem::{Locking, Pool, PoolConfig};
-use sha2::{Digest, Sha256};
 
+use self::{
+    node::{NAMES, Node, Random, app, name, pair, pool},
+    step::Step,
+};
 use super::input::Input;
 
 /// See the module.
@@ -71,61 +73,6 @@ pub fn play(input: &[u8]) -> Tally {
 /// So that an input takes milliseconds.
 const MAX_STEPS: usize = 100;
 
-const NAMES: [&str; 3] = ["alice", "bob", "carol"];
-
-/// What a step is, by its first byte.
-enum Step {
-    /// The next message arrives.
-    Deliver,
-    /// All messages arrive, and those that answer them.
-    Drain,
-    /// Time passes, a quarter of a second at once: all messages arrive, and again, up to 8 times.
-    Wait,
-    /// The next message is lost.
-    Lose,
-    /// The next message arrives twice.
-    Repeat,
-    /// Bytes of the next message are changed, and its length.
-    Damage,
-    /// Any bytes arrive, from any peer.
-    Forge,
-    /// An earlier message arrives again, from whoever, wherever.
-    Replay,
-    /// A module pair delivers a QKD-key at both ends.
-    Key,
-    /// It delivers at one end, or unlike bits.
-    OddKey,
-    /// An application asks for keys.
-    Supply,
-    /// An application asks for keys by ID.
-    Fetch,
-    /// A connection ends, or comes back.
-    Connection,
-    /// A node loses power, and starts again.
-    Crash,
-}
-
-impl Step {
-    fn of(byte: u8) -> Self {
-        match byte % 16 {
-            0 => Self::Deliver,
-            1 | 14 => Self::Drain,
-            2 | 15 => Self::Wait,
-            3 => Self::Lose,
-            4 => Self::Repeat,
-            5 => Self::Damage,
-            6 => Self::Forge,
-            7 => Self::Replay,
-            8 => Self::Key,
-            9 => Self::OddKey,
-            10 => Self::Supply,
-            11 => Self::Fetch,
-            12 => Self::Connection,
-            _ => Self::Crash,
-        }
-    }
-}
-
 /// A message on its way: from, to, bytes.
 type Wire = (usize, usize, Vec<u8>);
 
@@ -154,32 +101,11 @@ struct Network {
     next_id: u64,
 }
 
-struct Node {
-    config: KmaConfig,
-    disk: SimDisk,
-    volatile: bool,
-    random: Random,
-    waiting: BTreeMap<QkdKeyName, Vec<u8>>,
-    kma: Kma,
-}
-
 impl Network {
     fn new(shape: u8) -> Self {
         let names = &NAMES[..2 + usize::from(shape & 1)];
         let volatile = shape & 2 == 2;
-        let nodes = (0..names.len()).map(|at| {
-            let (config, disk) = (config(names, at), SimDisk::new(at as u64));
-            let mut random = Random(at as u64);
-            let kma = open(&config, &disk, volatile, &mut random);
-            Node {
-                config,
-                disk,
-                volatile,
-                random,
-                waiting: BTreeMap::new(),
-                kma,
-            }
-        });
+        let nodes = (0..names.len()).map(|at| Node::new(names, at, volatile));
         let mut network = Self {
             nodes: nodes.collect(),
             now: Now {
@@ -221,6 +147,12 @@ impl Network {
                 self.honest = false;
                 self.deliver(Some((from, to, input.long().to_vec())));
             }
+            Step::Tell => {
+                let (from, to) = self.two(input.byte());
+                let keys: Vec<KsaKeyId> = self.keys.iter().map(|key| key.0).collect();
+                self.honest = false;
+                self.deliver(Some((from, to, wire::message(input, &keys))));
+            }
             Step::Replay => {
                 let (from, to) = self.two(input.byte());
                 let back = usize::from(input.byte());
@@ -251,9 +183,7 @@ impl Network {
         }
         self.wait(8);
         self.check_books();
-        for node in &self.nodes {
-            check_ledger(&node.disk);
-        }
+        self.nodes.iter().for_each(Node::check_ledger);
     }
 
     fn damage(&mut self, input: &mut Input<'_>) {
@@ -405,11 +335,7 @@ impl Network {
 
     fn crash(&mut self, which: u8) {
         let at = usize::from(which) % self.nodes.len();
-        let node = &mut self.nodes[at];
-        node.disk.cut_power();
-        node.disk.restart();
-        node.waiting.clear();
-        node.kma = open(&node.config, &node.disk, node.volatile, &mut node.random);
+        self.nodes[at].crash();
         self.wires.retain(|(from, to, _)| *from != at && *to != at);
         // Questions end with the process that they were put to.
         let keys = &self.keys;
@@ -509,13 +435,7 @@ impl Network {
     }
 
     fn check_books(&self) {
-        for node in &self.nodes {
-            let status = node.kma.status();
-            assert_eq!(status.inconsistencies, 0);
-            for stream in status.streams {
-                assert_eq!(stream.imbalance_bits, 0, "{stream:?}");
-            }
-        }
+        self.nodes.iter().for_each(Node::check_books);
     }
 
     /// Two different nodes, by a byte.
@@ -523,132 +443,5 @@ impl Network {
         let (n, which) = (self.nodes.len(), usize::from(which));
         let from = which % n;
         (from, (from + 1 + which / n % (n - 1)) % n)
-    }
-}
-
-impl Node {
-    /// As the pipeline does: bits of all pieces, and SHA-256 of every unit after the masks.
-    fn format(&self, composition: &Composition, unit_bytes: u32) -> Option<FormattedSegment> {
-        let mut bits = Vec::new();
-        for piece in &composition.pieces {
-            let name = QkdKeyName {
-                module_pair: composition.module_pair.clone(),
-                generation: composition.generation,
-                id: piece.qkd_key.clone(),
-            };
-            let key = self.waiting.get(&name)?;
-            assert!(piece.offset_bits % 8 == 0 && piece.len_bits % 8 == 0);
-            let (offset, len) = (piece.offset_bits / 8, piece.len_bits / 8);
-            bits.extend_from_slice(key.get(offset as usize..)?.get(..len as usize)?);
-        }
-        let units = bits.get(32..)?.chunks(unit_bytes as usize);
-        let digests = units.map(|unit| Sha256::digest(unit).into()).collect();
-        Some(FormattedSegment {
-            digests,
-            bits: pool().copy_of(&bits).ok()?,
-        })
-    }
-}
-
-/// No byte of a segment is taken twice, or followed twice.
-fn check_ledger(disk: &SimDisk) {
-    let ledger = read_ledger(&disk.read("journal").unwrap()).unwrap();
-    let mut used: BTreeMap<(StreamId, u64, bool), Vec<(u32, u32)>> = BTreeMap::new();
-    for record in ledger {
-        let (stream, span, taken) = match record {
-            Record::Taken { stream, span, .. } => (stream, span, true),
-            Record::Followed { stream, span, .. } => (stream, span, false),
-            _ => continue,
-        };
-        let end = span.end_bytes().expect("a span that can be counted");
-        let spans = used.entry((stream, span.segment.0, taken)).or_default();
-        spans.push((span.offset_bytes, end));
-    }
-    for (segment, mut spans) in used {
-        spans.sort_unstable();
-        let apart = spans.windows(2).all(|two| two[0].1 <= two[1].0);
-        assert!(apart, "{segment:?}: {spans:?}");
-    }
-}
-
-fn open(config: &KmaConfig, disk: &SimDisk, volatile: bool, random: &mut Random) -> Kma {
-    let vault: Box<dyn Vault> = if volatile {
-        Box::new(disk.open_memory(pool()).unwrap())
-    } else {
-        Box::new(disk.open_sealed().unwrap())
-    };
-    let mut boot = [0; 16];
-    random.fill(&mut boot);
-    let store = Store::open(vault, pool(), boot).unwrap();
-    Kma::new(config.clone(), store, boot, Backend::PORTABLE)
-}
-
-/// One for all inputs of a thread, so that key memory which is not given back shows.
-fn pool() -> Pool {
-    thread_local! {
-        static POOL: Pool = Pool::new(PoolConfig {
-            capacity_bytes: 8 << 20,
-            locking: Locking::Unlocked,
-        })
-        .unwrap();
-    }
-    POOL.with(Pool::clone)
-}
-
-/// A row of nodes; the ends of three keep end-to-end stock with each other.
-fn config(names: &[&str], at: usize) -> KmaConfig {
-    let link = |a: usize| LinkConfig {
-        module_pairs: vec![pair(a).parse().unwrap()],
-        floor_bytes: 64,
-        capacity_bytes: 1 << 16,
-    };
-    let before = at.checked_sub(1).map(|before| (name(before), link(before)));
-    let after = (at + 1 < names.len()).then(|| (name(at + 1), link(at)));
-    let mut route: Vec<NodeId> = (0..names.len()).map(name).collect();
-    if at > 0 {
-        route.reverse();
-    }
-    let remote = RemoteConfig {
-        target_bytes: 512,
-        unit_bytes: 128,
-        route: Some(route.clone()),
-    };
-    let is_end = names.len() == 3 && at != 1;
-    let remotes = is_end.then(|| (route[2].clone(), remote));
-    KmaConfig {
-        node: name(at),
-        neighbours: before.into_iter().chain(after).collect(),
-        remotes: remotes.into_iter().collect(),
-        relay_for_others: true,
-        digest_unit_bytes: 32,
-    }
-}
-
-fn name(at: usize) -> NodeId {
-    NAMES[at].parse().unwrap()
-}
-
-fn app(at: usize) -> qkd_keyfile::AppId {
-    format!("app-{}", NAMES[at]).parse().unwrap()
-}
-
-/// The module pair between a node and the next.
-fn pair(at: usize) -> String {
-    format!("pair-{at}")
-}
-
-/// SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-struct Random(u64);
-
-impl Entropy for Random {
-    fn fill(&mut self, out: &mut [u8]) {
-        for chunk in out.chunks_mut(8) {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            let bytes = (z ^ (z >> 31)).to_le_bytes();
-            chunk.copy_from_slice(&bytes[..chunk.len()]);
-        }
     }
 }
