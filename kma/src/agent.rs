@@ -25,17 +25,36 @@ use crate::{
 pub struct Kma {
     config: KmaConfig,
     boot: Boot,
-    store: Store,
-    backend: Backend,
+    core: Core,
     links: BTreeMap<NodeId, LinkSync>,
     sessions: BTreeMap<NodeId, Session>,
     relay: Relay,
     supply: Supply,
     ticked: Option<Mono>,
     said_pending: Mono,
+    journal_limit_bytes: u64,
+}
+
+/// What every part of the agent works with.
+#[derive(Debug)]
+struct Core {
+    store: Store,
+    backend: Backend,
     out: Vec<Output>,
     failed: Option<VaultError>,
-    journal_limit_bytes: u64,
+}
+
+impl Core {
+    fn cx<'a>(&'a mut self, now: Now, me: &'a NodeId) -> Cx<'a> {
+        Cx {
+            now,
+            me,
+            store: &mut self.store,
+            out: &mut self.out,
+            backend: self.backend,
+            failed: &mut self.failed,
+        }
+    }
 }
 
 /// What a KMA is doing, for an operator. Quantities in bytes are usable key.
@@ -74,12 +93,14 @@ impl Kma {
             relay: Relay::new(&config, incarnation),
             supply: Supply::default(),
             boot: Boot { incarnation, boot },
-            store,
-            backend,
+            core: Core {
+                store,
+                backend,
+                out: Vec::new(),
+                failed: None,
+            },
             ticked: None,
             said_pending: Mono::default(),
-            out: Vec::new(),
-            failed: None,
             journal_limit_bytes: JOURNAL_LIMIT_BYTES,
             config,
         }
@@ -87,14 +108,7 @@ impl Kma {
 
     /// Takes one input. `entropy` serves key IDs and, for relayed units, key bits.
     pub fn handle(&mut self, now: Now, entropy: &mut dyn Entropy, input: Input) {
-        let mut cx = Cx {
-            now,
-            me: &self.config.node,
-            store: &mut self.store,
-            out: &mut self.out,
-            backend: self.backend,
-            failed: &mut self.failed,
-        };
+        let mut cx = self.core.cx(now, &self.config.node);
         match input {
             Input::PeerUp(peer) => {
                 let session = self.sessions.entry(peer.clone());
@@ -145,7 +159,7 @@ impl Kma {
             Input::Route { destination, route } => self.relay.routed(&destination, route),
             Input::Tick => self.tick(now, entropy),
         }
-        self.store.relieve();
+        self.core.store.relieve();
     }
 
     /// When the next [`Input::Tick`] is due.
@@ -162,17 +176,17 @@ impl Kma {
     /// The store failed. Nothing of this batch may leave the node; end the process, whose successor
     /// goes on from the last batch that was durable.
     pub fn commit(&mut self) -> Result<Vec<Output>, VaultError> {
-        if let Some(error) = self.failed.take() {
+        if let Some(error) = self.core.failed.take() {
             return Err(error);
         }
-        self.store.commit()?;
-        if let Err(error) = self.store.compact_if_large(self.journal_limit_bytes) {
+        self.core.store.commit()?;
+        if let Err(error) = self.core.store.compact_if_large(self.journal_limit_bytes) {
             if error.is_final() {
                 return Err(error);
             }
             tracing::error!(%error, "journal could not be compacted; it grows on");
         }
-        Ok(std::mem::take(&mut self.out))
+        Ok(std::mem::take(&mut self.core.out))
     }
 
     /// Compacts the journal beyond this length, instead of [`JOURNAL_LIMIT_BYTES`].
@@ -185,9 +199,9 @@ impl Kma {
     /// What the agent is doing.
     #[must_use]
     pub fn status(&self) -> Status {
-        let state = self.store.state();
+        let state = self.core.store.state();
         Status {
-            streams: self.store.accounts(),
+            streams: self.core.store.accounts(),
             peers: self
                 .sessions
                 .iter()
@@ -206,7 +220,7 @@ impl Kma {
     pub fn is_full(&self, peer: &NodeId) -> bool {
         let link = self.config.neighbours.get(peer);
         let id = LinkId::between(&self.config.node, peer).map(StreamId::Link);
-        let stream = id.and_then(|id| self.store.stream(&id));
+        let stream = id.and_then(|id| self.core.store.stream(&id));
         match (link, stream) {
             (Some(link), Some(stream)) => stream.held_bytes >= link.capacity_bytes,
             _ => false,
@@ -216,19 +230,12 @@ impl Kma {
     /// The store, to be read.
     #[must_use]
     pub fn store(&self) -> &Store {
-        &self.store
+        &self.core.store
     }
 
     fn tick(&mut self, now: Now, entropy: &mut dyn Entropy) {
         self.ticked = Some(now.mono);
-        let mut cx = Cx {
-            now,
-            me: &self.config.node,
-            store: &mut self.store,
-            out: &mut self.out,
-            backend: self.backend,
-            failed: &mut self.failed,
-        };
+        let mut cx = self.core.cx(now, &self.config.node);
         for session in self.sessions.values_mut() {
             session.send_again(&mut cx, false);
         }
@@ -247,14 +254,7 @@ impl Kma {
     }
 
     fn message(&mut self, now: Now, entropy: &mut dyn Entropy, peer: &NodeId, message: Message) {
-        let mut cx = Cx {
-            now,
-            me: &self.config.node,
-            store: &mut self.store,
-            out: &mut self.out,
-            backend: self.backend,
-            failed: &mut self.failed,
-        };
+        let mut cx = self.core.cx(now, &self.config.node);
         let cx = &mut cx;
         let Some(session) = self.sessions.get_mut(peer) else {
             return;
@@ -331,14 +331,7 @@ impl Kma {
     }
 
     fn greeted(&mut self, now: Now, peer: &NodeId, greeting: Greeting) {
-        let mut cx = Cx {
-            now,
-            me: &self.config.node,
-            store: &mut self.store,
-            out: &mut self.out,
-            backend: self.backend,
-            failed: &mut self.failed,
-        };
+        let mut cx = self.core.cx(now, &self.config.node);
         if greeting == Greeting::Refused {
             return;
         }

@@ -1,0 +1,244 @@
+//! The entries of a node's file, with their defaults.
+
+use std::path::PathBuf;
+
+use qkd_drivers::DriverConfig;
+use qkd_keyfile::{AppId, KeyBits, ModulePairId, NodeId};
+use qkd_ksa::Profile;
+use serde::Deserialize;
+use toml::Spanned;
+
+/// The node itself.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Its ID, which is the one in its certificate.
+    pub id: NodeId,
+    /// Its data directory, made if it is not there.
+    pub data: PathBuf,
+    /// Key memory, in MiB: at least 4; half of it is for what comes from hardware. It is locked, so
+    /// the limit on locked memory must allow it.
+    #[serde(default = "default_key_memory_mib")]
+    pub key_memory_mib: Spanned<usize>,
+    /// Whether key memory that cannot be locked may be used all the same.
+    #[serde(default)]
+    pub allow_unlocked_memory: bool,
+    /// Whether units of other nodes are relayed here.
+    #[serde(default = "yes")]
+    pub relay_for_others: bool,
+}
+
+/// A certificate and whom it trusts; PEM files.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// The authority's certificate.
+    pub ca: PathBuf,
+    /// This node's certificate.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// Where keys are kept.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum StoreConfig {
+    /// Sealed, in LMDB.
+    Lmdb {
+        /// The key-encryption key.
+        #[serde(default)]
+        kek: KekConfig,
+        /// Most bytes of the database, in GiB.
+        #[serde(default = "default_max_gib")]
+        max_gib: usize,
+    },
+    /// In key memory only; a restart begins with an empty stock.
+    Memory,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self::Lmdb {
+            kek: KekConfig::default(),
+            max_gib: default_max_gib(),
+        }
+    }
+}
+
+/// Where the key-encryption key comes from.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum KekConfig {
+    /// A file of 32 random bytes, mode 0400 or 0600. Made with a new store if it is not there.
+    File(PathBuf),
+    /// A credential that systemd hands over (`LoadCredentialEncrypted=`).
+    Credential(String),
+}
+
+impl Default for KekConfig {
+    /// `kek` in the data directory: keep it elsewhere where the disk may be taken away.
+    fn default() -> Self {
+        Self::File(PathBuf::from("kek"))
+    }
+}
+
+/// Where a port is.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListenConfig {
+    /// `host:port`; loopback unless you say otherwise.
+    pub listen: String,
+}
+
+/// Where applications fetch keys (ETSI GS QKD 014), and what they may ask for.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SupplyConfig {
+    /// `host:port`.
+    pub listen: String,
+    /// Size of a key that is asked for without a size, in bits.
+    #[serde(default = "default_key_bits")]
+    pub key_bits: KeyBits,
+    /// Longest key, in bits.
+    #[serde(default = "default_max_key_bits")]
+    pub max_key_bits: KeyBits,
+    /// Most keys in one request.
+    #[serde(default = "default_max_keys")]
+    pub max_keys_per_request: u32,
+    /// Whether HTTP/2 is offered beside HTTP/1.1.
+    #[serde(default)]
+    pub http2: bool,
+}
+
+impl SupplyConfig {
+    /// The limits that applications are told.
+    ///
+    /// # Errors
+    ///
+    /// They contradict each other.
+    pub fn profile(&self) -> Result<Profile, qkd_ksa::ProfileError> {
+        let least = KeyBits::try_from(8).unwrap_or(self.key_bits);
+        Profile::new(
+            self.key_bits,
+            least.min(self.key_bits),
+            self.max_key_bits,
+            self.max_keys_per_request,
+            0,
+        )
+    }
+}
+
+/// The controller that this node asks for routes.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControllerLink {
+    /// Its ID, which is the one in its certificate.
+    pub id: NodeId,
+    /// `host:port` of its Ck.
+    pub address: String,
+}
+
+/// Another node.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerConfig {
+    /// Its ID.
+    pub id: Spanned<NodeId>,
+    /// `host:port` of its Kx.
+    pub address: String,
+}
+
+/// A link to a matching KMA.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkEntry {
+    /// The node at the other end.
+    pub peer: Spanned<NodeId>,
+    /// Pad per direction that serves only tags and hash keys, in bytes.
+    #[serde(default = "default_floor_bytes")]
+    pub floor_bytes: u64,
+    /// Most bytes in stock; a full store takes no new segment.
+    #[serde(default = "default_capacity_bytes")]
+    pub capacity_bytes: u64,
+    /// The module pairs that feed the link.
+    #[serde(default, rename = "module_pair")]
+    pub module_pairs: Vec<ModulePairEntry>,
+}
+
+/// A module pair; both ends give it the same name.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModulePairEntry {
+    /// Its name.
+    pub name: Spanned<ModulePairId>,
+    /// How this node's module hands over its keys.
+    pub driver: DriverConfig,
+}
+
+/// End-to-end stock with a node.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StockEntry {
+    /// The node.
+    pub with: Spanned<NodeId>,
+    /// Stock to keep, in KiB.
+    #[serde(default = "default_target_kib")]
+    pub target_kib: u64,
+    /// Key data of one relayed unit, in bytes.
+    #[serde(default = "default_unit_bytes")]
+    pub unit_bytes: u32,
+    /// All nodes from here to there; without it the controller is asked.
+    pub route: Option<Spanned<Vec<NodeId>>>,
+}
+
+/// An application.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AppEntry {
+    /// Its ID, which is the one in its certificate.
+    pub id: Spanned<AppId>,
+    /// The node where it fetches keys.
+    pub node: Spanned<NodeId>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn default_key_memory_mib() -> Spanned<usize> {
+    Spanned::new(0..0, 64)
+}
+
+fn default_max_gib() -> usize {
+    16
+}
+
+fn default_key_bits() -> KeyBits {
+    KeyBits::try_from(256).unwrap_or_else(|_| unreachable!("256 bits are 32 bytes"))
+}
+
+fn default_max_key_bits() -> KeyBits {
+    KeyBits::try_from(8192).unwrap_or_else(|_| unreachable!("8192 bits are 1024 bytes"))
+}
+
+fn default_max_keys() -> u32 {
+    128
+}
+
+/// 64 Kibit.
+fn default_floor_bytes() -> u64 {
+    8192
+}
+
+fn default_capacity_bytes() -> u64 {
+    256 << 20
+}
+
+fn default_target_kib() -> u64 {
+    1024
+}
+
+fn default_unit_bytes() -> u32 {
+    4096
+}
