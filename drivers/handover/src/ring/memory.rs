@@ -98,16 +98,15 @@ pub(super) use modelled::Memory;
 #[cfg(not(loom))]
 #[allow(unsafe_code)]
 mod mapped {
-    use std::num::NonZeroUsize;
-    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-    use std::ptr::NonNull;
+    use std::io;
+    use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+    use memmap2::{Advice, MmapOptions, MmapRaw};
     use nix::{
         errno::Errno,
         fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
         sys::{
             memfd::{MFdFlags, memfd_create},
-            mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap, munmap},
             stat::fstat,
         },
         unistd::ftruncate,
@@ -116,17 +115,7 @@ mod mapped {
     use super::{super::HEADER_BYTES, AtomicU64, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, MapError};
 
     /// A shared mapping of a memfd that cannot shrink.
-    pub(in super::super) struct Memory {
-        base: NonNull<u8>,
-        len_bytes: NonZeroUsize,
-    }
-
-    // SAFETY:
-    // - A `Memory` owns its mapping and has no thread affinity: `munmap` works from any thread.
-    unsafe impl Send for Memory {}
-    // SAFETY:
-    // - A shared `Memory` gives out atomics only, which are made to be shared.
-    unsafe impl Sync for Memory {}
+    pub(in super::super) struct Memory(MmapRaw);
 
     impl Memory {
         /// Makes zeroed memory for a ring and seals its size.
@@ -157,16 +146,8 @@ mod mapped {
             let len = usize::try_from(len).unwrap_or(0);
             let capacity_bytes = len.saturating_sub(HEADER_BYTES);
             check_capacity(capacity_bytes)?;
-            let len_bytes = NonZeroUsize::new(len).ok_or(MapError::Capacity { capacity_bytes })?;
-            let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-            // SAFETY:
-            // - The kernel picks the address, so nothing that is in use gets replaced.
-            let base = unsafe { mmap(None, len_bytes, prot, MapFlags::MAP_SHARED, fd, 0) }
-                .map_err(os("map"))?;
-            let memory = Self {
-                base: base.cast(),
-                len_bytes,
-            };
+            let map = MmapOptions::new().len(len).map_raw(fd.as_raw_fd());
+            let memory = Self(map.map_err(io_error("map"))?);
             memory.protect()?;
             Ok((memory, capacity_bytes))
         }
@@ -183,7 +164,7 @@ mod mapped {
         }
 
         fn words(&self) -> &[AtomicU64] {
-            let words = self.len_bytes.get() / 8;
+            let words = self.0.len() / 8;
             // SAFETY:
             // - The pointer is aligned: the mapping begins at a page.
             // - It is valid for reads and writes of `words * 8` bytes, which are one mapping, for
@@ -193,24 +174,15 @@ mod mapped {
             // - All accesses in this process are atomic and of this size: they all come through
             //   here. Another process cannot break the rules of this one's memory; to it a word
             //   is a word that may change at any time, which is what an atomic is.
-            unsafe { std::slice::from_raw_parts(self.base.cast().as_ptr(), words) }
+            unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), words) }
         }
 
         /// Keeps key out of core dumps, and out of swap where the lock limit allows.
         fn protect(&self) -> Result<(), MapError> {
-            // SAFETY:
-            // - The range is the mapping that `self` owns; the advice concerns dumps only.
-            unsafe {
-                madvise(
-                    self.base.cast(),
-                    self.len_bytes.get(),
-                    MmapAdvise::MADV_DONTDUMP,
-                )
-            }
-            .map_err(os("protect"))?;
-            // SAFETY:
-            // - The range is the mapping that `self` owns; locking changes no byte of it.
-            let locked = unsafe { mlock(self.base.cast(), self.len_bytes.get()) };
+            self.0
+                .advise(Advice::DontDump)
+                .map_err(io_error("protect"))?;
+            let locked = self.0.lock().map_err(|error| errno_of(&error));
             match locked {
                 // The limit is for the key pool; what passes through here stays a moment.
                 Ok(()) | Err(Errno::ENOMEM | Errno::EPERM | Errno::EAGAIN) => Ok(()),
@@ -222,22 +194,25 @@ mod mapped {
         }
     }
 
-    impl Drop for Memory {
-        fn drop(&mut self) {
-            // SAFETY:
-            // - The range is exactly what `mmap` gave.
-            // - Every reference to a word borrows `self`, so none is left.
-            let unmapped = unsafe { munmap(self.base.cast(), self.len_bytes.get()) };
-            debug_assert!(unmapped.is_ok(), "a mapping of our own can be unmapped");
-        }
-    }
-
     fn check_capacity(capacity_bytes: usize) -> Result<(), MapError> {
         let fits = (MIN_CAPACITY_BYTES..=MAX_CAPACITY_BYTES).contains(&capacity_bytes);
         if fits && capacity_bytes.is_power_of_two() {
             Ok(())
         } else {
             Err(MapError::Capacity { capacity_bytes })
+        }
+    }
+
+    fn errno_of(error: &io::Error) -> Errno {
+        error
+            .raw_os_error()
+            .map_or(Errno::UnknownErrno, Errno::from_raw)
+    }
+
+    fn io_error(step: &'static str) -> impl FnOnce(io::Error) -> MapError {
+        move |error| MapError::Os {
+            step,
+            source: errno_of(&error),
         }
     }
 
