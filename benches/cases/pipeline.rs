@@ -112,7 +112,7 @@ impl Bridge {
             unit_bytes: u32::try_from(unit_bytes).expect("a short unit"),
         };
         Self {
-            stage: Stage::new(pool.clone(), bound, backend),
+            stage: Stage::new(pool.clone(), bound, backend, [7; 32]),
             pool,
             pusher,
             popper,

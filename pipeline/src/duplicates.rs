@@ -17,8 +17,6 @@
 //! (65,536 fingerprints of 64 bits). Keys below [`SHORTEST_BYTES`] are let through: they may well
 //! come twice by chance.
 
-use std::hash::{BuildHasher, RandomState};
-
 use qkd_kernels::{Backend, TagKey, wipe};
 
 /// How many fingerprints are remembered: 1.5 MiB.
@@ -40,17 +38,21 @@ pub(crate) struct Duplicates {
 }
 
 impl Duplicates {
-    /// Remembers nothing yet. Draws its secrets from the generator behind [`RandomState`], 128 bits
-    /// from the operating system.
-    pub(crate) fn new(backend: Backend) -> Self {
-        let random = RandomState::new();
-        let mut hash_key = random_16(&random, 0);
+    /// Remembers nothing yet. `secret` is random, and of this process alone; half of it is the hash
+    /// key, half hides what the hash tells.
+    pub(crate) fn new(backend: Backend, mut secret: [u8; 32]) -> Self {
+        let [mut hash_key, hiding] = [0, 16].map(|at| {
+            let mut half = [0; 16];
+            half.copy_from_slice(&secret[at..at + 16]);
+            half
+        });
         let hash = backend.tag_key(&hash_key);
         wipe(&mut hash_key);
+        wipe(&mut secret);
         Self {
             backend,
             hash,
-            secret: Secret(random_16(&random, 2)),
+            secret: Secret(hiding),
             seen: Seen::new(),
         }
     }
@@ -72,15 +74,6 @@ impl Duplicates {
         wipe(&mut message);
         u64::from_le_bytes(digest[0].as_chunks().0[0])
     }
-}
-
-fn random_16(random: &RandomState, number: u8) -> [u8; 16] {
-    let halves = [random.hash_one(number), random.hash_one(number + 1)];
-    let mut bytes = [0; 16];
-    for (bytes, half) in bytes.as_chunks_mut().0.iter_mut().zip(halves) {
-        *bytes = half.to_le_bytes();
-    }
-    bytes
 }
 
 /// Wiped on drop, never printed.
@@ -210,7 +203,7 @@ mod tests {
     #[test]
     fn the_same_bytes_are_known_and_others_are_not() {
         for backend in Backend::all() {
-            let mut duplicates = Duplicates::new(backend);
+            let mut duplicates = Duplicates::new(backend, [7; 32]);
             let key: Vec<u8> = (0..200).collect();
             for len in SHORTEST_BYTES..200 {
                 assert!(!duplicates.is_repeated(&key[..len]), "{len} bytes");
@@ -226,7 +219,7 @@ mod tests {
 
     #[test]
     fn a_long_key_is_known_by_its_head() {
-        let mut duplicates = Duplicates::new(Backend::detect());
+        let mut duplicates = Duplicates::new(Backend::detect(), [7; 32]);
         let mut key = vec![7; 3 * HEAD_BYTES];
         assert!(!duplicates.is_repeated(&key));
         key[HEAD_BYTES] = 8;
@@ -239,16 +232,16 @@ mod tests {
 
     #[test]
     fn short_keys_may_come_twice() {
-        let mut duplicates = Duplicates::new(Backend::detect());
+        let mut duplicates = Duplicates::new(Backend::detect(), [7; 32]);
         assert!(!duplicates.is_repeated(&[1; 15]) && !duplicates.is_repeated(&[1; 15]));
         assert!(!duplicates.is_repeated(&[1; 16]) && duplicates.is_repeated(&[1; 16]));
     }
 
     #[test]
-    fn no_two_stages_have_the_same_secrets_and_none_prints_them() {
+    fn a_fingerprint_depends_on_the_secret_which_is_not_printed() {
         let (one, other) = (
-            Duplicates::new(Backend::PORTABLE),
-            Duplicates::new(Backend::PORTABLE),
+            Duplicates::new(Backend::PORTABLE, [1; 32]),
+            Duplicates::new(Backend::PORTABLE, [2; 32]),
         );
         assert_ne!(one.fingerprint(&[7; 32]), other.fingerprint(&[7; 32]));
         assert!(format!("{one:?}").contains("Secret, seen: Seen(0 fingerprints)"));

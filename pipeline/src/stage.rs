@@ -109,13 +109,14 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// A stage that takes the memory for segments from `pool`.
+    /// A stage that takes the memory for segments from `pool`. `secret` is drawn at random for this
+    /// process; the fingerprints of keys are taken under it.
     #[must_use]
-    pub fn new(pool: Pool, bound: WaitingBound, backend: Backend) -> Self {
+    pub fn new(pool: Pool, bound: WaitingBound, backend: Backend, secret: [u8; 32]) -> Self {
         Self {
             waiting: Waiting::new(bound),
             health: HealthTests::new(backend),
-            duplicates: Duplicates::new(backend),
+            duplicates: Duplicates::new(backend, secret),
             pool,
             backend,
         }

@@ -54,7 +54,7 @@ fn stage(pool: &Pool) -> Stage {
         keys: 100,
         bytes: 4 << 20,
     };
-    Stage::new(pool.clone(), bound, Backend::detect())
+    Stage::new(pool.clone(), bound, Backend::detect(), [7; 32])
 }
 
 #[test]

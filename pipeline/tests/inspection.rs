@@ -16,7 +16,7 @@ const ROOMY: WaitingBound = WaitingBound {
 
 fn stages(pool: &Pool) -> Vec<Stage> {
     Backend::all()
-        .map(|backend| Stage::new(pool.clone(), ROOMY, backend))
+        .map(|backend| Stage::new(pool.clone(), ROOMY, backend, [7; 32]))
         .collect()
 }
 
@@ -177,7 +177,7 @@ fn bits_past_the_key_are_not_looked_at() {
 fn a_key_that_had_no_room_is_not_a_duplicate_of_itself() {
     let pool = pool();
     let one_key = WaitingBound { keys: 1, ..ROOMY };
-    let mut stage = Stage::new(pool.clone(), one_key, Backend::detect());
+    let mut stage = Stage::new(pool.clone(), one_key, Backend::detect(), [7; 32]);
     assert_eq!(refusal(stage.hold(key(&pool, "k1", &noise(64, 1)))), None);
     drop(stage.format(&order(&[("k1", 0, 512)], 32, 32)).unwrap());
     let Hold::Busy(back) = stage.hold(key(&pool, "k2", &noise(64, 2))) else {
@@ -190,7 +190,7 @@ fn a_key_that_had_no_room_is_not_a_duplicate_of_itself() {
 #[test]
 fn a_name_that_waits_is_refused_before_its_bits_are_looked_at() {
     let pool = pool();
-    let mut stage = Stage::new(pool.clone(), ROOMY, Backend::detect());
+    let mut stage = Stage::new(pool.clone(), ROOMY, Backend::detect(), [7; 32]);
     assert_eq!(refusal(stage.hold(key(&pool, "k1", &noise(64, 1)))), None);
     let other = key(&pool, "k1", &noise(64, 2));
     assert_eq!(refusal(stage.hold(other)), Some(RefuseReason::Duplicate));

@@ -18,7 +18,7 @@ const ROOMY: WaitingBound = WaitingBound {
 };
 
 fn stage(pool: &Pool, bound: WaitingBound) -> Stage {
-    Stage::new(pool.clone(), bound, Backend::detect())
+    Stage::new(pool.clone(), bound, Backend::detect(), [7; 32])
 }
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {

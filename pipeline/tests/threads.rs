@@ -32,7 +32,7 @@ fn running(
     capacity: usize,
 ) -> (Pusher, StageHandle, mpsc::Receiver<StageEvent>) {
     let (pusher, popper) = handoff(capacity);
-    let stage = Stage::new(pool.clone(), bound, Backend::detect());
+    let stage = Stage::new(pool.clone(), bound, Backend::detect(), [7; 32]);
     let (events, seen) = mpsc::channel();
     let handle = spawn(stage, popper, move |event| {
         // A test that has seen enough no longer listens.
@@ -291,7 +291,7 @@ fn dropping_the_handle_ends_the_thread() {
 fn too_many_commands_are_refused_not_queued_without_bound() {
     let pool = pool();
     let (pusher, popper) = handoff(4);
-    let stage = Stage::new(pool.clone(), ROOMY, Backend::detect());
+    let stage = Stage::new(pool.clone(), ROOMY, Backend::detect(), [7; 32]);
     let (release, gate) = mpsc::channel::<()>();
     let handle = spawn(stage, popper, move |_| {
         let _ = gate.recv_timeout(LONG);

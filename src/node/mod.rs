@@ -143,7 +143,7 @@ impl Node {
             bytes: intake_pool.stats().capacity_bytes / 2,
         };
         let stage = spawn(
-            Stage::new(pool.clone(), bound, backend),
+            Stage::new(pool.clone(), bound, backend, random_32()),
             popper,
             move |event| {
                 // Nobody listens only when the node is stopping.
@@ -309,6 +309,14 @@ impl Node {
 /// Waits until the node stops.
 async fn until_stop(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|down| *down).await;
+}
+
+fn random_32() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    let (front, back) = bytes.split_at_mut(16);
+    front.copy_from_slice(&random_16());
+    back.copy_from_slice(&random_16());
+    bytes
 }
 
 fn random_u64() -> u64 {
