@@ -118,6 +118,8 @@ pub(crate) fn resolve_driver(driver: &mut DriverConfig, base: &Path) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const GOOD: &str = r#"
