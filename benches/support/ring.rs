@@ -111,16 +111,25 @@ impl Module {
     }
 }
 
-/// Hands the same blocks over to all modules, as fast as the slowest consumer reads: each block to
-/// all of them before the next, as the two ends of a module pair do.
+/// Blocks that are not durable at a consumer, at most. A node takes a key that the other end does not
+/// have for lost once that end has told of 64 others since, so the two must not be further apart.
+const AHEAD_MAX: u64 = 56;
+
+/// Hands the same blocks over to all modules, as fast as the slowest consumer takes them: each block
+/// to all of them before the next, as the two ends of a module pair do.
 pub(crate) fn feed(modules: &mut [Module], key: &[u8], block_bytes: usize) {
     for block in key.chunks(block_bytes) {
-        for module in &mut *modules {
+        for at in 0..modules.len() {
             let start = Instant::now();
-            while !module.offer(block) {
+            while is_ahead(modules) || !modules[at].offer(block) {
                 assert!(start.elapsed() < PATIENCE, "nobody reads");
                 std::thread::sleep(PAUSE);
             }
         }
     }
+}
+
+fn is_ahead(modules: &[Module]) -> bool {
+    let ahead = |module: &Module| module.blocks() - module.durable_blocks() >= AHEAD_MAX;
+    modules.iter().any(ahead)
 }

@@ -41,10 +41,14 @@ impl Memory {
         let runs = self.runs(capacity, position, out.len().div_ceil(8));
         let (front, back) = out.split_at_mut(out.len().min(8 * runs[0].len()));
         for (words, bytes) in runs.into_iter().zip([front, back]) {
-            for (word, bytes) in words.iter().zip(bytes.chunks_mut(8)) {
-                // ORDERING: Relaxed; the caller loaded the write position with Acquire.
-                let word = word.load(Ordering::Relaxed).to_le_bytes();
-                bytes.copy_from_slice(&word[..bytes.len()]);
+            // ORDERING: Relaxed; the caller loaded the write position with Acquire.
+            let load = |word: &AtomicU64| word.load(Ordering::Relaxed).to_le_bytes();
+            let (whole, rest) = bytes.as_chunks_mut();
+            for (word, bytes) in words.iter().zip(&mut *whole) {
+                *bytes = load(word);
+            }
+            if let Some(word) = words.get(whole.len()) {
+                rest.copy_from_slice(&load(word)[..rest.len()]);
             }
         }
     }
@@ -55,11 +59,17 @@ impl Memory {
         let runs = self.runs(capacity, position, bytes.len().div_ceil(8));
         let (front, back) = bytes.split_at(bytes.len().min(8 * runs[0].len()));
         for (words, bytes) in runs.into_iter().zip([front, back]) {
-            for (word, bytes) in words.iter().zip(bytes.chunks(8)) {
+            // ORDERING: Relaxed; the caller stores the write position with Release.
+            let store =
+                |word: &AtomicU64, value| word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+            let (whole, rest) = bytes.as_chunks();
+            for (word, bytes) in words.iter().zip(whole) {
+                store(word, *bytes);
+            }
+            if let Some(word) = words.get(whole.len()) {
                 let mut value = [0; 8];
-                value[..bytes.len()].copy_from_slice(bytes);
-                // ORDERING: Relaxed; the caller stores the write position with Release.
-                word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+                value[..rest.len()].copy_from_slice(rest);
+                store(word, value);
             }
         }
     }
