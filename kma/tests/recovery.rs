@@ -149,8 +149,10 @@ fn a_journal_is_compacted_while_keys_flow_and_crashes_happen() {
 
 #[test]
 fn crashes_losses_and_cuts_never_use_a_bit_twice_nor_give_two_ends_different_keys() {
-    // `QKD_SEEDS=1000 cargo test -p qkd-kma --release crashes` is the run at full size.
+    // `QKD_SEEDS=3000 cargo test -p qkd-kma --release --test recovery crashes` is the run at full
+    // size.
     let seeds = std::env::var("QKD_SEEDS").map_or(12, |n| n.parse().unwrap());
+    let mut served_over_all = 0;
     for seed in 0..seeds {
         let mut net = three(100 + seed);
         net.faults = Faults {
@@ -197,7 +199,9 @@ fn crashes_losses_and_cuts_never_use_a_bit_twice_nor_give_two_ends_different_key
             }
             net.check_books();
         }
-        assert!(served > 40, "seed {seed}: only {served} keys");
+        // How many depends on how often a node was just started; that none is a hang.
+        assert!(served > 0, "seed {seed}: no key");
+        served_over_all += served as u64;
         check_ledgers(&net, &names);
         // Faults off: the network heals, and no segment waits for ever.
         net.faults = Faults::default();
@@ -216,4 +220,6 @@ fn crashes_losses_and_cuts_never_use_a_bit_twice_nor_give_two_ends_different_key
             assert!(alarms.is_empty(), "seed {seed}: {name}: {alarms:?}");
         }
     }
+    let average = served_over_all / seeds;
+    assert!(average > 60, "only {average} keys a run");
 }
