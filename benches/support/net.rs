@@ -58,7 +58,7 @@ pub(crate) struct Sizing {
     pub(crate) capacity_mib: u64,
 }
 
-/// Nodes that run, each a process. Dropped, they are killed and their files are gone.
+/// Nodes that run, each a process. Of end-to-end stock there is only that of node `a`. Dropped, they are killed and their files are gone.
 pub(crate) struct Net {
     pub(crate) runtime: Runtime,
     pub(crate) network: Network,
@@ -93,7 +93,12 @@ impl Net {
         let network = plan.make(&folder.path().join("net")).unwrap();
         for node in &network.nodes {
             let text = fs::read_to_string(&node.config).unwrap();
-            fs::write(&node.config, sized(&text, sizing)).unwrap();
+            let mut text = sized(&text, sizing);
+            let stock = network.plan().stock.as_ref();
+            if stock.is_some_and(|stock| stock.b == node.id) {
+                text = without_stock(&text);
+            }
+            fs::write(&node.config, text).unwrap();
         }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -227,6 +232,14 @@ fn sized(text: &str, sizing: Sizing) -> String {
     let text: Vec<String> = lines.collect();
     let kind = sizing.store.name();
     format!("{}\n\n[store]\nkind = \"{kind}\"\n", text.join("\n"))
+}
+
+fn without_stock(text: &str) -> String {
+    let tables = text.split("\n\n");
+    let others: Vec<&str> = tables
+        .filter(|table| !table.starts_with("[[stock]]"))
+        .collect();
+    others.join("\n\n")
 }
 
 fn ask(node: &NodeFiles) -> Option<(String, Value)> {
