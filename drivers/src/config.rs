@@ -5,6 +5,7 @@ use std::{io, path::PathBuf};
 use serde::Deserialize;
 
 use crate::{
+    advice::Advice,
     directory::{DirectoryConfig, DirectorySource},
     serial::{SerialConfig, SerialSource},
     shared_memory::{SharedMemoryConfig, SharedMemorySource},
@@ -63,10 +64,12 @@ impl DriverConfig {
 #[non_exhaustive]
 pub enum OpenError {
     /// The hand-over folder cannot be opened.
-    #[error("cannot open {path}: create the folder, or let this user read, write and enter it")]
+    #[error("cannot open {path}{}", because(advice.as_ref()))]
     Folder {
         /// The folder.
         path: PathBuf,
+        /// What mends it.
+        advice: Option<Advice>,
         /// The operating system's reason.
         source: io::Error,
     },
@@ -95,22 +98,22 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The serial port is there and cannot be used.
-    #[error(
-        "cannot use {path} as a serial port: give the path of one that no other program uses, and let this user read and write it"
-    )]
+    #[error("cannot use {path} as a serial port{}", because(advice.as_ref()))]
     Port {
         /// The port.
         path: PathBuf,
+        /// What mends it.
+        advice: Option<Advice>,
         /// The operating system's reason.
         source: io::Error,
     },
     /// The socket for producers cannot be made.
-    #[error(
-        "cannot listen at {path}: let this user write to its folder, and end whatever else listens there"
-    )]
+    #[error("cannot listen at {path}{}", because(advice.as_ref()))]
     Socket {
         /// The socket.
         path: PathBuf,
+        /// What mends it.
+        advice: Option<Advice>,
         /// The operating system's reason.
         source: io::Error,
     },
@@ -132,4 +135,8 @@ pub enum OpenError {
         /// What it may be.
         expected: &'static str,
     },
+}
+
+fn because(advice: Option<&Advice>) -> String {
+    advice.map_or_else(String::new, |advice| format!(": {advice}"))
 }

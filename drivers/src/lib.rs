@@ -9,6 +9,7 @@
 //! - [`serial`]: a device on a serial line that may be unplugged.
 //! - [`shared_memory`]: a producer process, which need not be trusted.
 //! - [`conformance`]: the contract as a test kit, for a driver of your own.
+//! - [`advice`]: what keeps this user from a port, folder or socket, and what mends it.
 //!
 //! It knows nothing about pipelines, stores or the matching node, and it does not log: whatever
 //! happens to a module is an [`Event`].
@@ -38,6 +39,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod advice;
 mod config;
 pub mod conformance;
 pub mod directory;

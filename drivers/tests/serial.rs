@@ -462,10 +462,10 @@ async fn a_port_that_is_in_use_or_no_port_is_named_with_what_to_do() {
     let _first = link.open();
     let error = DriverConfig::Serial(link.config()).open().err().unwrap();
     assert!(matches!(error, OpenError::Port { .. }));
+    let said = error.to_string();
     assert!(
-        error
-            .to_string()
-            .contains("usb-QKD_0001 as a serial port: give")
+        said.contains("usb-QKD_0001 as a serial port: this program uses it already"),
+        "{said}"
     );
 
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -474,6 +474,11 @@ async fn a_port_that_is_in_use_or_no_port_is_named_with_what_to_do() {
         .err()
         .unwrap();
     assert!(matches!(error, OpenError::Port { .. }), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("it is no serial port; to mend it: ls -l /dev/serial")
+    );
 }
 
 #[test]

@@ -438,7 +438,9 @@ async fn only_one_driver_listens_and_it_leaves_nothing_behind() {
         .unwrap();
     assert!(matches!(error, OpenError::Socket { .. }));
     assert!(
-        error.to_string().contains("tx-1.sock: let this user"),
+        error
+            .to_string()
+            .contains("tx-1.sock: another program listens there; to mend it: sudo fuser"),
         "{error}"
     );
     drop(first);
@@ -470,6 +472,7 @@ async fn what_cannot_be_opened_is_named_with_what_to_do() {
         .err()
         .unwrap();
     assert!(matches!(error, OpenError::Socket { .. }));
+    assert!(error.to_string().contains("a file that is no socket"));
     assert_eq!(std::fs::read(place.path()).unwrap(), b"a file of somebody");
 }
 

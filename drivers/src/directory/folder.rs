@@ -19,7 +19,7 @@ use nix::{
     unistd::{UnlinkatFlags, geteuid, unlinkat},
 };
 
-use crate::{config::OpenError, event::CorruptReason};
+use crate::{advice, config::OpenError, event::CorruptReason};
 
 /// Tells a file from any other that has had its name, and from itself after a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,7 @@ impl Folder {
     pub(super) fn open(path: &Path, more_owner_uids: &[u32]) -> Result<Self, OpenError> {
         let fail = |errno: Errno| OpenError::Folder {
             path: path.to_owned(),
+            advice: advice::folder(path),
             source: errno.into(),
         };
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;

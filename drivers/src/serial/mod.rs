@@ -29,6 +29,7 @@ use zeroize::Zeroize;
 
 use self::{line::Line, port::Port};
 use crate::{
+    advice,
     config::OpenError,
     event::{DetachReason, Event},
     records::Limits,
@@ -137,6 +138,7 @@ impl SerialSource {
             Err(error) => {
                 return Err(OpenError::Port {
                     path: config.path.clone(),
+                    advice: advice::port(&config.path),
                     source: error,
                 });
             }

@@ -41,6 +41,7 @@ use self::{
     socket::{Connection, Listener, is_trusted},
 };
 use crate::{
+    advice,
     config::OpenError,
     event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event, Severity},
     records::{Limits, key_block, tell_status},
@@ -156,6 +157,7 @@ impl SharedMemorySource {
         Ok(Self {
             listener: listener.map_err(|source| OpenError::Socket {
                 path: config.socket.clone(),
+                advice: advice::new_socket(&config.socket),
                 source,
             })?,
             spare: Some(spare),
