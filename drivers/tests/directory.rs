@@ -607,7 +607,9 @@ async fn a_folder_that_cannot_be_used_is_named_with_what_to_do() {
     let missing = DriverConfig::Directory(DirectoryConfig::new(folder.path("missing")));
     let error = missing.open().err().unwrap();
     assert!(
-        error.to_string().contains("missing: create the folder"),
+        error
+            .to_string()
+            .contains("it does not exist; to mend it: sudo install -d"),
         "{error}"
     );
 
