@@ -16,6 +16,9 @@ const KEY_MEMORY_MIB: RangeInclusive<usize> = 4..=1 << 20;
 /// Key data of a relayed unit, in bytes: with its metadata it fits a block of key memory.
 const UNIT_BYTES: RangeInclusive<u32> = 64..=128 << 10;
 
+/// Longest silence of a peer, in milliseconds: not so short that a busy machine looks dead.
+const DEAD_AFTER_MS: RangeInclusive<u64> = 200..=600_000;
+
 /// What is wrong, and where, if it is one entry.
 pub(super) struct Wrong {
     pub(super) span: Option<Range<usize>>,
@@ -41,6 +44,15 @@ pub(super) fn check(config: &Config) -> Result<(), Wrong> {
             text(&KEY_MEMORY_MIB)
         );
         return refuse(key_memory_mib, what);
+    }
+    let dead_after = &config.kx.dead_after_ms;
+    if !DEAD_AFTER_MS.contains(dead_after.get_ref()) {
+        let what = format!(
+            "dead_after_ms = {} is not within {}",
+            dead_after.get_ref(),
+            text(&DEAD_AFTER_MS)
+        );
+        return refuse(dead_after, what);
     }
     let peers = Peers::of(config)?;
     links(config, &peers)?;

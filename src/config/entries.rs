@@ -91,6 +91,18 @@ pub struct ListenConfig {
     pub listen: String,
 }
 
+/// Where other nodes connect, and when one of them counts as gone.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KxConfig {
+    /// `host:port`.
+    pub listen: String,
+    /// Longest silence of a peer, in milliseconds; then its connection is closed and made anew. This
+    /// node is silent for a quarter of it at most, so give all nodes about the same.
+    #[serde(default = "default_dead_after_ms")]
+    pub dead_after_ms: Spanned<u64>,
+}
+
 /// Where applications fetch keys (ETSI GS QKD 014), and what they may ask for.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -200,6 +212,10 @@ pub struct AppEntry {
     pub id: Spanned<AppId>,
     /// The node where it fetches keys.
     pub node: Spanned<NodeId>,
+}
+
+fn default_dead_after_ms() -> Spanned<u64> {
+    Spanned::new(0..0, 8000)
 }
 
 fn yes() -> bool {

@@ -17,8 +17,8 @@ use qkd_keyfile::{AppId, NodeId};
 use serde::Deserialize;
 
 pub use entries::{
-    AppEntry, ControllerLink, KekConfig, LinkEntry, ListenConfig, ModulePairEntry, NodeConfig,
-    PeerConfig, StockEntry, StoreConfig, SupplyConfig, TlsConfig,
+    AppEntry, ControllerLink, KekConfig, KxConfig, LinkEntry, ListenConfig, ModulePairEntry,
+    NodeConfig, PeerConfig, StockEntry, StoreConfig, SupplyConfig, TlsConfig,
 };
 pub use file::ConfigError;
 pub(crate) use file::read_toml;
@@ -35,7 +35,7 @@ pub struct Config {
     #[serde(default)]
     pub store: StoreConfig,
     /// Where other nodes connect.
-    pub kx: ListenConfig,
+    pub kx: KxConfig,
     /// Where applications connect; without it the node only relays.
     pub supply: Option<SupplyConfig>,
     /// Who gives routes, where none is set by hand.

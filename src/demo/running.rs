@@ -52,17 +52,23 @@ pub enum RunningError {
 }
 
 impl Running {
+    /// A network of which nothing runs yet. `program` is this program.
+    #[must_use]
+    pub fn none(network: &Network, program: &Path) -> Self {
+        Self {
+            program: program.to_owned(),
+            dir: network.dir.clone(),
+            processes: Vec::new(),
+        }
+    }
+
     /// Starts the controller and the nodes. `program` is this program. Needs a tokio runtime.
     ///
     /// # Errors
     ///
     /// [`RunningError::Process`]; nothing goes on running.
     pub fn start(network: &Network, program: &Path) -> Result<Self, RunningError> {
-        let mut running = Self {
-            program: program.to_owned(),
-            dir: network.dir.clone(),
-            processes: Vec::new(),
-        };
+        let mut running = Self::none(network, program);
         if let Some((config, _)) = &network.controller {
             running.spawn("controller", "controller", config, &[])?;
         }

@@ -10,7 +10,7 @@ mod routes;
 mod status;
 mod supply;
 
-use std::{collections::BTreeMap, io, sync::Arc, thread};
+use std::{collections::BTreeMap, io, sync::Arc, thread, time::Duration};
 
 use qkd_kernels::Backend;
 use qkd_kma::{
@@ -128,7 +128,9 @@ impl Node {
             listen: Some(kx),
             peers: peers_of(&config),
             credentials: credentials.clone(),
-            timing: LinkTiming::default(),
+            timing: LinkTiming::dead_after(Duration::from_millis(
+                *config.kx.dead_after_ms.get_ref(),
+            )),
             seed: random_u64(),
         })?;
 

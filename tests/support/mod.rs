@@ -3,6 +3,10 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+pub(crate) mod ledgers;
+pub(crate) mod namespaces;
+pub(crate) mod proxy;
+
 use std::{
     path::Path,
     process::{Command, Output},
@@ -52,15 +56,31 @@ impl Net {
 
     /// Makes a network and starts its nodes; `before` has put there what they are to find.
     pub(crate) fn start_without_devices(plan: Plan, before: impl FnOnce(&Network)) -> Self {
+        let mut net = Self::prepare(plan);
+        before(&net.network);
+        net.start_nodes();
+        net
+    }
+
+    /// Makes a network; nothing runs.
+    pub(crate) fn prepare(plan: Plan) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let network = plan.make(folder.path()).unwrap();
-        before(&network);
-        let running = Running::start(&network, program()).unwrap();
         Self {
+            running: Running::none(&network, program()),
             network,
-            running,
             _folder: folder,
         }
+    }
+
+    /// Starts the controller and the nodes.
+    pub(crate) fn start_nodes(&mut self) {
+        self.start_nodes_with(program());
+    }
+
+    /// Starts the controller and the nodes by another program.
+    pub(crate) fn start_nodes_with(&mut self, program: &Path) {
+        self.running = Running::start(&self.network, program).unwrap();
     }
 
     /// Waits until the nodes' status is as wanted; fails with the logs' ends after `within`.

@@ -93,6 +93,16 @@ impl Default for LinkTiming {
 }
 
 impl LinkTiming {
+    /// The usual bounds, with another longest silence of the peer; our own is a quarter of it.
+    #[must_use]
+    pub fn dead_after(dead_after: Duration) -> Self {
+        Self {
+            ping_every: dead_after / 4,
+            dead_after,
+            ..Self::default()
+        }
+    }
+
     fn framing(self) -> crate::Framing {
         crate::Framing::Length {
             max_bytes: self.max_message_bytes,
