@@ -111,7 +111,7 @@ fn a_journal_of_a_newer_version_is_refused_by_number() {
     let error = disk.open_sealed().unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the store's journal has version 9; this program knows versions up to 1"
+        "a newer version of this program wrote the store's journal (format 9; this one knows formats up to 1): run that version"
     );
 }
 

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::VaultError;
 
@@ -71,6 +72,20 @@ pub trait Disk: Send {
     /// The system's.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
+    /// Gives a file a second name, in the place of one of that name.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn link(&self, name: &str, second: &str) -> io::Result<()>;
+
+    /// Names, lengths in bytes and ages (since the last write) of all files.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    fn list(&self) -> io::Result<Vec<(String, u64, Duration)>>;
+
     /// Removes a file if it is there.
     ///
     /// # Errors
@@ -107,7 +122,7 @@ pub(super) fn create_whole(
 pub(super) struct Directory {
     path: PathBuf,
     /// Locked exclusively; the lock goes with it, also when the process dies.
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl Directory {
@@ -135,8 +150,16 @@ impl Directory {
         })?;
         Ok(Self {
             path: path.into(),
-            _lock: lock,
+            _lock: Some(lock),
         })
+    }
+
+    /// A directory that is only looked at.
+    pub(super) fn unlocked(path: &Path) -> Self {
+        Self {
+            path: path.into(),
+            _lock: None,
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -190,6 +213,26 @@ impl Disk for Directory {
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         fs::rename(self.path.join(from), self.path.join(to))
+    }
+
+    fn link(&self, name: &str, second: &str) -> io::Result<()> {
+        self.remove(second)?;
+        fs::hard_link(self.path.join(name), self.path.join(second))
+    }
+
+    fn list(&self) -> io::Result<Vec<(String, u64, Duration)>> {
+        let mut files = Vec::new();
+        for entry in fs::read_dir(&self.path)? {
+            let entry = entry?;
+            // One that is removed meanwhile is not there.
+            if let (Ok(name), Ok(about)) = (entry.file_name().into_string(), entry.metadata())
+                && about.is_file()
+            {
+                let age = about.modified()?.elapsed().unwrap_or(Duration::ZERO);
+                files.push((name, about.len(), age));
+            }
+        }
+        Ok(files)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

@@ -31,9 +31,9 @@ pub(super) enum Kind {
 
 /// What a journal starts with.
 pub(super) struct Header {
-    kind: u32,
+    pub(super) kind: u32,
     pub(super) incarnation: Incarnation,
-    first_number: u64,
+    pub(super) first_number: u64,
 }
 
 const MAGIC: &[u8; 8] = b"QKDjrnl\n";
@@ -112,7 +112,7 @@ impl Header {
 /// end of it.
 const HEAD_MARK: &[u8; 4] = b"\xA5QKF";
 const TAIL_MARK: u8 = 0x5A;
-const HEAD_BYTES: usize = 20;
+pub(super) const HEAD_BYTES: usize = 20;
 const FOOT_BYTES: usize = 5;
 const SECTOR_BYTES: usize = 512;
 
@@ -180,12 +180,22 @@ pub(super) fn push_record(payload: &mut Vec<u8>, record: &[u8]) {
 pub(super) fn each_record(image: &[u8], incarnation: Incarnation, each: &mut dyn FnMut(&[u8])) {
     let mut at = HEADER_BYTES;
     while let Some(head) = FrameHead::decode(&image[at..], incarnation) {
-        let mut payload = &image[at + HEAD_BYTES..][..head.len_bytes];
-        while let Some((record, rest)) = split_record(payload) {
-            each(record);
-            payload = rest;
-        }
+        each_frame_record(&image[at..at + head.frame_bytes()], each);
         at += head.frame_bytes();
+    }
+}
+
+/// Length of the frame that begins with these bytes, if one does.
+pub(super) fn frame_bytes(head: &[u8], incarnation: Incarnation) -> Option<usize> {
+    FrameHead::decode(head, incarnation).map(|head| head.frame_bytes())
+}
+
+/// Shows every record of one whole frame.
+pub(super) fn each_frame_record(frame: &[u8], each: &mut dyn FnMut(&[u8])) {
+    let mut payload = &frame[HEAD_BYTES..frame.len() - FOOT_BYTES];
+    while let Some((record, rest)) = split_record(payload) {
+        each(record);
+        payload = rest;
     }
 }
 

@@ -1,12 +1,16 @@
 //! The journal: an append-only file of frames ([`super::frame`]), one frame per commit.
 //!
 //! The file grows by whole chunks of zeros, so that most commits need not make a new length
-//! durable.
+//! durable. A journal that a compaction replaces is kept as an archive ([`super::archive`]).
 
 use qkd_keyfile::Incarnation;
 
+use super::archive::{self, HistoryLimit};
 use super::disk::{BlockFile, Disk, create_whole};
-use super::frame::{HEADER_BYTES, Header, Kind, Scan, each_record, push_frame, push_record};
+use super::frame::{
+    HEAD_BYTES, HEADER_BYTES, Header, Kind, Scan, each_frame_record, each_record, frame_bytes,
+    push_frame, push_record,
+};
 use super::seal::random;
 use super::{MAX_COMMIT_BYTES, MAX_RECORD_BYTES, VaultError};
 
@@ -16,6 +20,7 @@ pub(super) struct Journal {
     file: Box<dyn BlockFile>,
     kind: Kind,
     incarnation: Incarnation,
+    first_number: u64,
     /// Where the next frame goes.
     end: u64,
     /// Length of the file: zeros from `end` on.
@@ -56,6 +61,7 @@ impl Journal {
             file,
             kind,
             incarnation: header.incarnation,
+            first_number: header.first_number,
             end: scan.end as u64,
             len_bytes: len as u64,
             next_number: scan.next_number,
@@ -64,6 +70,9 @@ impl Journal {
             too_long: None,
             image: None,
         };
+        // A compaction that did not come to its end left a second name of this very file.
+        let unfinished = archive::name_of(journal.first_number);
+        journal.disk.remove(&unfinished).map_err(io)?;
         journal.settle(&image, scan.last, scan.torn)?;
         journal.image = Some(image);
         Ok(journal)
@@ -168,12 +177,38 @@ impl Journal {
         undone.and_then(|()| self.file.sync()).map_err(not_durable)
     }
 
-    /// Commits, then puts a journal of the snapshot's records in the place of this one.
+    /// Shows every committed record as it is on the disk, a frame at a time.
+    pub(super) fn reread(&self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        let mut at = HEADER_BYTES as u64;
+        while at < self.end {
+            let mut frame = vec![0; HEAD_BYTES];
+            self.file.read_at(&mut frame, at).map_err(io)?;
+            let damaged = VaultError::JournalDamaged { offset: at };
+            let len = frame_bytes(&frame, self.incarnation).ok_or(damaged)?;
+            frame.resize(len, 0);
+            let (_, rest) = frame.split_at_mut(HEAD_BYTES);
+            self.file
+                .read_at(rest, at + HEAD_BYTES as u64)
+                .map_err(io)?;
+            each_frame_record(&frame, each);
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Drops history beyond the limit.
+    pub(super) fn prune(&self, limit: HistoryLimit) -> Result<(), VaultError> {
+        archive::prune(&*self.disk, limit)
+    }
+
+    /// Commits, then puts a journal of the snapshot's records in the place of this one, which becomes
+    /// an archive.
     pub(super) fn compact(
         &mut self,
         snapshot: &mut dyn Iterator<Item = Vec<u8>>,
     ) -> Result<(), VaultError> {
         self.commit()?;
+        let first_number = self.next_number;
         let written = self.write_snapshot(snapshot);
         let (file, end, next_number, chain) = match written {
             Ok(written) => written,
@@ -183,12 +218,18 @@ impl Journal {
                 return Err(error);
             }
         };
+        let kept = archive::name_of(self.first_number);
+        let linked = self.disk.link(NAME, &kept);
+        linked
+            .and_then(|()| self.disk.sync_dir())
+            .map_err(archive::io)?;
         // From here on, failure leaves it unknown which of the two a crash brings back.
         let renamed = self.disk.rename(NEW_NAME, NAME);
         renamed
             .and_then(|()| self.disk.sync_dir())
             .map_err(not_durable)?;
         self.file = file;
+        self.first_number = first_number;
         self.end = end;
         self.len_bytes = end;
         self.next_number = next_number;

@@ -19,7 +19,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use heed::types::Bytes;
-use heed::{CommitOrAbort, Database, Env, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls};
+use heed::{
+    CommitOrAbort, Database, Env, EnvFlags, EnvOpenOptions, MdbError, RoTxn, RwTxn, WithoutTls,
+};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -68,6 +70,19 @@ pub fn open_lmdb(
     })
 }
 
+/// Opens the rows in `dir` to look at them; nothing is written. The store's lock must be held.
+pub(super) fn view_rows(dir: &Path) -> Result<Box<dyn Rows>, VaultError> {
+    let dir = dir.join(ROWS);
+    if !dir.is_dir() {
+        return Err(VaultError::Missing { file: ROWS });
+    }
+    Ok(Box::new(LmdbRows {
+        env: open_env(&dir, None).map_err(refused)?,
+        max_bytes: 0,
+        reserved_bytes: 0,
+    }))
+}
+
 struct LmdbRows {
     env: Env<WithoutTls>,
     max_bytes: usize,
@@ -80,7 +95,7 @@ impl LmdbRows {
         let io = |source| VaultError::Io { file: ROWS, source };
         make_directory(&dir).map_err(io)?;
         let max_bytes = options.max_bytes.max(MIN_BYTES) / MIN_BYTES * MIN_BYTES;
-        let env = open_env(&dir, max_bytes).map_err(refused)?;
+        let env = open_env(&dir, Some(max_bytes)).map_err(refused)?;
         sync_directory(&dir).map_err(io)?;
         Ok(Self {
             env,
@@ -266,15 +281,21 @@ impl Rows for LmdbRows {
     }
 }
 
-/// Opens the environment in `dir`.
-fn open_env(dir: &Path, map_bytes: usize) -> heed::Result<Env<WithoutTls>> {
+/// Opens the environment in `dir`, to be written up to a length, or to be read only.
+fn open_env(dir: &Path, map_bytes: Option<usize>) -> heed::Result<Env<WithoutTls>> {
     let mut options = EnvOpenOptions::new().read_txn_without_tls();
-    options.map_size(map_bytes).max_readers(8);
+    options.max_readers(8);
+    match map_bytes {
+        Some(bytes) => drop(options.map_size(bytes)),
+        // SAFETY: without LMDB's own locks nobody else may have the file open. The store's lock,
+        // which every writer holds, is held by this process.
+        None => drop(unsafe { options.flags(EnvFlags::READ_ONLY | EnvFlags::NO_LOCK) }),
+    }
     // SAFETY:
     // - Nobody else changes the file while it is mapped: the store's directory is ours (mode 0700)
     //   and locked by `Directory::lock` for as long as the vault lives, and heed keeps one
     //   environment per path in this process.
-    // - No flag that weakens locking or syncing is set.
+    // - No flag that weakens locking or syncing is set where something is written.
     // - A transaction lives inside one call of `reading` or `writing`; none is left open.
     // - The store is documented as local: LMDB's map is not for remote file systems.
     unsafe { options.open(dir) }

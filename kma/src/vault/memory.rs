@@ -12,7 +12,7 @@ use super::disk::{Directory, Disk};
 use super::frame::Kind;
 use super::journal::Journal;
 use super::seal::{TAG_BYTES, random};
-use super::{GetError, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
+use super::{GetError, HistoryLimit, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
 
 /// A [`Vault`] whose rows are never written anywhere.
 pub struct MemoryVault {
@@ -142,6 +142,14 @@ impl Vault for MemoryVault {
         self.commit()?;
         let outcome = self.journal.compact(snapshot);
         self.latch(outcome)
+    }
+
+    fn reread(&self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        self.journal.reread(each)
+    }
+
+    fn prune_history(&mut self, limit: HistoryLimit) -> Result<(), VaultError> {
+        self.journal.prune(limit)
     }
 
     fn journal_bytes(&self) -> u64 {

@@ -23,6 +23,7 @@
 //!   a broken page). It never is a wrong key, a missing key or a shorter journal.
 //! - After a failed sync nothing is known about the disk, so everything fails until it is reopened.
 
+mod archive;
 pub mod disk;
 mod frame;
 mod journal;
@@ -33,6 +34,7 @@ mod seal;
 mod sealed;
 pub mod sim;
 mod slots;
+mod view;
 
 use std::io;
 use std::path::PathBuf;
@@ -41,11 +43,13 @@ use qkd_keyfile::Incarnation;
 use qkd_secmem::PoolExhausted;
 use serde::{Deserialize, Serialize};
 
+pub use archive::HistoryLimit;
 pub use frame::read_journal;
-pub use kek::{KekError, KekSource};
+pub use kek::{Kdf, KekError, KekKind, KekSource};
 pub use lmdb::{LmdbOptions, open_lmdb};
 pub use memory::{MemoryVault, open_memory};
 pub use sealed::SealedVault;
+pub use view::{JournalView, StoreView};
 
 /// Number of a row, chosen by the caller. It is free again when the erasure is committed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -137,7 +141,21 @@ pub trait Vault: Send {
     ///   staged; make room and call again.
     fn commit(&mut self) -> Result<(), VaultError>;
 
-    /// Commits, then replaces the journal by `snapshot`, atomically.
+    /// Shows every committed record since the last compaction again, in order.
+    ///
+    /// # Errors
+    ///
+    /// [`VaultError::Io`], or [`VaultError::JournalDamaged`] where the disk changed what was written.
+    fn reread(&self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError>;
+
+    /// Drops the oldest of the journals that compactions replaced, beyond the limit.
+    ///
+    /// # Errors
+    ///
+    /// [`VaultError::Io`]: some are still there.
+    fn prune_history(&mut self, limit: HistoryLimit) -> Result<(), VaultError>;
+
+    /// Commits, then replaces the journal by `snapshot`, atomically. The old one is kept as history.
     ///
     /// # Errors
     ///
@@ -146,6 +164,17 @@ pub trait Vault: Send {
 
     /// Length of the journal. It grows until it is compacted.
     fn journal_bytes(&self) -> u64;
+
+    /// Commits, then wraps every live data key anew under the key of a new epoch, and destroys the
+    /// old one. Does nothing where rows are not sealed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vault::commit`]. If the error is not final, the old epoch goes on, or what is left of it
+    /// is destroyed when the store is opened next.
+    fn rotate_epoch(&mut self) -> Result<(), VaultError> {
+        self.commit()
+    }
 }
 
 /// Why a store did not open, take or keep something. Holds no key.
@@ -186,7 +215,9 @@ pub enum VaultError {
         file: &'static str,
     },
     /// The file was written by a newer version of this program.
-    #[error("the store's {file} has version {found}; this program knows versions up to {known}")]
+    #[error(
+        "a newer version of this program wrote the store's {file} (format {found}; this one knows formats up to {known}): run that version"
+    )]
     NewerVersion {
         /// Which part of the store.
         file: &'static str,

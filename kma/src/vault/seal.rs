@@ -81,9 +81,9 @@ impl Context {
         Self::new(*b"dek1", store, row.0)
     }
 
-    /// The proof, in the header of the slot file, that a key-encryption key is the right one.
-    pub(super) fn proof(store: Incarnation) -> Self {
-        Self::new(*b"kek1", store, 0)
+    /// The key of an epoch, under the key-encryption key.
+    pub(super) fn epoch_key(store: Incarnation, epoch: u64) -> Self {
+        Self::new(*b"kek2", store, epoch)
     }
 
     fn new(domain: [u8; 4], store: Incarnation, row: u64) -> Self {

@@ -5,10 +5,10 @@ use qkd_keyfile::Incarnation;
 use super::disk::Disk;
 use super::frame::Kind;
 use super::journal::{self, Journal};
-use super::kek::KekSource;
+use super::kek::{KekKind, KekSource};
 use super::seal::{Context, NONCE_BYTES, TAG_BYTES, parts};
 use super::slots::{self, DataKey, Slots};
-use super::{GetError, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
+use super::{GetError, HistoryLimit, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
 
 /// A database of sealed rows. It never sees a key.
 pub(super) trait Rows: Send {
@@ -60,6 +60,7 @@ impl SealedVault {
             let opened = disk.open(name);
             opened.map_err(|source| VaultError::Io { file: name, source })
         };
+        slots::recover(&*disk)?;
         if has(slots::NAME)?.is_some() && has(journal::NAME)?.is_none() {
             return Err(VaultError::Missing {
                 file: journal::NAME,
@@ -84,6 +85,28 @@ impl SealedVault {
             leftovers: BTreeSet::new(),
             poisoned: false,
         })
+    }
+
+    /// Begins a new epoch under another key-encryption key: every live data key is wrapped anew, and
+    /// what the old one wrapped is destroyed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vault::rotate_epoch`].
+    pub fn rekey(&mut self, new: &KekSource) -> Result<(), VaultError> {
+        self.begin_epoch(Some(new))
+    }
+
+    /// Counts the epochs since the store was made, and what its key-encryption key is made of.
+    #[must_use]
+    pub const fn epoch(&self) -> (u64, KekKind) {
+        self.slots.epoch()
+    }
+
+    fn begin_epoch(&mut self, new: Option<&KekSource>) -> Result<(), VaultError> {
+        self.commit()?;
+        let outcome = self.slots.rotate(self.journal.disk(), new);
+        self.latch(outcome)
     }
 
     fn usable(&self) -> Result<(), VaultError> {
@@ -138,7 +161,6 @@ impl SealedVault {
         }
     }
 
-    /// Opens a sealed row into `out`.
     fn unseal(
         &self,
         row: RowId,
@@ -146,31 +168,42 @@ impl SealedVault {
         sealed: &[u8],
         out: &mut [u8],
     ) -> Result<(), GetError> {
-        let Some((_, cipher, stored_tag)) = parts(sealed) else {
-            return Err(GetError::Damaged { row });
-        };
-        if cipher.len() != out.len() {
-            return Err(GetError::Length {
-                row,
-                have_bytes: cipher.len(),
-                asked_bytes: out.len(),
-            });
-        }
-        if stored_tag != tag.0 {
-            return Err(GetError::OtherRow { row });
-        }
-        let key = self.slots.data_key(row);
-        let key = match key.map_err(|source| GetError::Vault { row, source })? {
-            DataKey::Found(key) => key,
-            DataKey::Gone => return Err(GetError::DataKeyGone { row }),
-            DataKey::Damaged => return Err(GetError::Damaged { row }),
-        };
-        let context = Context::row(self.journal.incarnation(), row);
-        if !key.open(&context, sealed, out) {
-            return Err(GetError::Damaged { row });
-        }
-        Ok(())
+        let store = self.journal.incarnation();
+        unseal(store, &self.slots, (row, tag), sealed, out)
     }
+}
+
+/// Opens a sealed row into `out`.
+pub(super) fn unseal(
+    store: Incarnation,
+    slots: &Slots,
+    (row, tag): (RowId, &SealTag),
+    sealed: &[u8],
+    out: &mut [u8],
+) -> Result<(), GetError> {
+    let Some((_, cipher, stored_tag)) = parts(sealed) else {
+        return Err(GetError::Damaged { row });
+    };
+    if cipher.len() != out.len() {
+        return Err(GetError::Length {
+            row,
+            have_bytes: cipher.len(),
+            asked_bytes: out.len(),
+        });
+    }
+    if stored_tag != tag.0 {
+        return Err(GetError::OtherRow { row });
+    }
+    let key = slots.data_key(row);
+    let key = match key.map_err(|source| GetError::Vault { row, source })? {
+        DataKey::Found(key) => key,
+        DataKey::Gone => return Err(GetError::DataKeyGone { row }),
+        DataKey::Damaged => return Err(GetError::Damaged { row }),
+    };
+    if !key.open(&Context::row(store, row), sealed, out) {
+        return Err(GetError::Damaged { row });
+    }
+    Ok(())
 }
 
 impl Vault for SealedVault {
@@ -257,8 +290,20 @@ impl Vault for SealedVault {
         self.latch(outcome)
     }
 
+    fn reread(&self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        self.journal.reread(each)
+    }
+
+    fn prune_history(&mut self, limit: HistoryLimit) -> Result<(), VaultError> {
+        self.journal.prune(limit)
+    }
+
     fn journal_bytes(&self) -> u64 {
         self.journal.bytes()
+    }
+
+    fn rotate_epoch(&mut self) -> Result<(), VaultError> {
+        self.begin_epoch(None)
     }
 }
 

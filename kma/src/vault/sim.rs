@@ -27,6 +27,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use qkd_secmem::Pool;
 use zeroize::Zeroizing;
@@ -67,9 +68,17 @@ impl SimDisk {
     ///
     /// As [`super::open_lmdb`].
     pub fn open_sealed(&self) -> Result<SealedVault, VaultError> {
-        let kek = KekSource::Raw(Zeroizing::new([0x4B; 32]));
+        self.open_sealed_under(&KekSource::Raw(Zeroizing::new([0x4B; 32])))
+    }
+
+    /// A vault of sealed rows on this disk, under a key-encryption key of the test's choice.
+    ///
+    /// # Errors
+    ///
+    /// As [`super::open_lmdb`].
+    pub fn open_sealed_under(&self, kek: &KekSource) -> Result<SealedVault, VaultError> {
         let rows = Box::new(SimRows(self.clone()));
-        SealedVault::open(Box::new(self.clone()), &kek, || Ok(rows))
+        SealedVault::open(Box::new(self.clone()), kek, || Ok(rows))
     }
 
     /// A vault of rows in memory, its journal on this disk.
@@ -161,6 +170,7 @@ struct Inode {
 enum NameChange {
     Create(String, usize),
     Rename(String, String),
+    Link(String, String),
     Remove(String),
 }
 
@@ -271,6 +281,11 @@ impl NameChange {
         match self {
             Self::Create(name, inode) => drop(names.insert(name.clone(), *inode)),
             Self::Remove(name) => drop(names.remove(name)),
+            Self::Link(name, second) => {
+                if let Some(inode) = names.get(name).copied() {
+                    names.insert(second.clone(), inode);
+                }
+            }
             Self::Rename(from, to) => {
                 if let Some(inode) = names.remove(from) {
                     names.insert(to.clone(), inode);
@@ -322,6 +337,20 @@ impl Disk for SimDisk {
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.state()
             .change_names(NameChange::Rename(from.into(), to.into()))
+    }
+
+    fn link(&self, name: &str, second: &str) -> io::Result<()> {
+        self.state()
+            .change_names(NameChange::Link(name.into(), second.into()))
+    }
+
+    fn list(&self) -> io::Result<Vec<(String, u64, Duration)>> {
+        let state = self.state();
+        let file = |(name, inode): (&String, &usize)| {
+            let len = state.inodes[*inode].seen.len() as u64;
+            (name.clone(), len, Duration::ZERO)
+        };
+        Ok(state.names.iter().map(file).collect())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
@@ -458,7 +487,9 @@ impl Rows for SimRows {
             Some(Fault::Io | Fault::NoSpace) => false,
         };
         if happens {
-            state.rows.retain(|row, _| !deletes.contains(row));
+            for row in deletes {
+                state.rows.remove(row);
+            }
             let puts = puts.iter().map(|(row, sealed)| (*row, sealed.clone()));
             state.rows.extend(puts);
         }

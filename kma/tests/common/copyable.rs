@@ -6,7 +6,7 @@ use std::{
 };
 
 use qkd_keyfile::Incarnation;
-use qkd_kma::vault::{GetError, RowId, SealTag, Vault, VaultError};
+use qkd_kma::vault::{GetError, HistoryLimit, RowId, SealTag, Vault, VaultError};
 
 #[derive(Clone, Default)]
 struct Contents {
@@ -84,6 +84,15 @@ impl Vault for CopyableVault {
     fn compact(&mut self, snapshot: &mut dyn Iterator<Item = Vec<u8>>) -> Result<(), VaultError> {
         self.staged.journal = snapshot.collect();
         self.commit()
+    }
+
+    fn reread(&self, each: &mut dyn FnMut(&[u8])) -> Result<(), VaultError> {
+        self.staged.journal.iter().for_each(|record| each(record));
+        Ok(())
+    }
+
+    fn prune_history(&mut self, _: HistoryLimit) -> Result<(), VaultError> {
+        Ok(())
     }
 
     fn journal_bytes(&self) -> u64 {
