@@ -22,6 +22,7 @@ mod faults;
 mod feed;
 pub mod files;
 mod pair;
+pub mod physics;
 pub mod ring;
 pub mod serial;
 mod stats;

@@ -1,10 +1,11 @@
 //! `sim`: module pairs that play the hardware.
 
 mod file;
+mod rate;
 
 use std::{
     io::{self, IsTerminal},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,10 +26,13 @@ use crate::{
 use file::{HalfName, Job, MasterSeed, SimFile};
 
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct SimArgs {
+    #[command(subcommand)]
+    command: Option<SimCommand>,
     /// The module pairs.
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", required = true)]
+    config: Option<PathBuf>,
     /// Play this half only (`NAME:transmitter` or `NAME:receiver`); may be given several times.
     #[arg(long = "half", value_name = "NAME:ROLE")]
     halves: Vec<HalfName>,
@@ -43,16 +47,38 @@ pub(super) struct SimArgs {
     exit_with_stdin: bool,
 }
 
+/// What there is beside playing.
+#[derive(Debug, clap::Subcommand)]
+enum SimCommand {
+    /// Print the secret key rate of a system over distance.
+    #[command(after_help = "Examples:\n  qkd-bridge sim rate --preset gys\n  \
+        qkd-bridge sim rate --list\n  \
+        qkd-bridge sim rate --preset lim2014 --detections 1e9 --to 150 --step 10 --json\n  \
+        qkd-bridge sim rate --preset geneva-2023 --svg rate.svg\n\n\
+        A preset is paper-locked, with no parameter but its source's, or fitted to published rates: \
+        then that it meets them says nothing.")]
+    Rate(rate::RateArgs),
+}
+
 impl SimArgs {
     pub(super) fn run(self, levels: Option<&str>) -> Result<(), Failure> {
-        let (mut file, _) = read_toml::<SimFile>(&self.config)?;
+        match (&self.command, &self.config) {
+            (Some(SimCommand::Rate(args)), _) => args.run(),
+            (None, Some(config)) => self.play(config, levels),
+            // The command line was not accepted without one of them.
+            (None, None) => Ok(()),
+        }
+    }
+
+    fn play(&self, config: &Path, levels: Option<&str>) -> Result<(), Failure> {
+        let (mut file, _) = read_toml::<SimFile>(config)?;
         let _levels = log::start(levels.or(Some("warn")), None)?;
         let seed = match file.seed.take() {
             _ if self.seed_from_stdin => MasterSeed::from_stdin()?,
             Some(seed) => seed,
             None => MasterSeed::fresh(),
         };
-        let jobs = file::jobs(&self.config, file, &seed, &self.halves)?;
+        let jobs = file::jobs(config, file, &seed, &self.halves)?;
         if self.exit_with_stdin {
             end_with_stdin()?;
         }
@@ -60,7 +86,7 @@ impl SimArgs {
             .enable_all()
             .build()?;
         if self.processes {
-            runtime.block_on(run_processes(&self, &jobs, &seed))
+            runtime.block_on(run_processes(config, &jobs, &seed))
         } else {
             drop(seed);
             let live = io::stdout().is_terminal() && !self.exit_with_stdin;
@@ -70,7 +96,7 @@ impl SimArgs {
 }
 
 /// Every half in a process of its own; the seed goes to each over a pipe.
-async fn run_processes(args: &SimArgs, jobs: &[Job], seed: &MasterSeed) -> Result<(), Failure> {
+async fn run_processes(config: &Path, jobs: &[Job], seed: &MasterSeed) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
     let program = std::env::current_exe()?;
     let mut children = Vec::new();
@@ -79,7 +105,7 @@ async fn run_processes(args: &SimArgs, jobs: &[Job], seed: &MasterSeed) -> Resul
         let child_args = [
             "sim".as_ref(),
             "--config".as_ref(),
-            args.config.as_os_str(),
+            config.as_os_str(),
             "--half".as_ref(),
             name.as_ref(),
             "--seed-from-stdin".as_ref(),
