@@ -1,5 +1,6 @@
-//! A driver of your own, against the public trait alone: key blocks as length-prefixed records over a
-//! Unix socket on which the module listens. Run it to see it tried by the conformance kit.
+//! A driver of your own, in a program of your own: `qkd-bridge` with one more way to hand over keys.
+//!
+//! The hand-over: key blocks as length-prefixed records over a Unix socket on which the module listens.
 //!
 //! | module to bridge | bridge to module |
 //! |---|---|
@@ -7,31 +8,35 @@
 //!
 //! All integers are little-endian. Numbers ascend from 1. The module keeps a block until its number has
 //! come back, and after every connect sends all that it keeps, in order. That is all that such a
-//! transport needs for the promises of a [`KeySource`].
+//! transport needs for the promises of a [`KeySource`]; `tests/custom_driver.rs` runs the driver through
+//! the conformance kit, and a node with it.
+//!
+//! The program has all commands of `qkd-bridge`. In a node's file:
+//!
+//! ```toml
+//! [[link.module_pair]]
+//! name = "mp1"
+//! driver = { kind = "custom", driver = "records", socket = "module.sock" }
+//! ```
+//!
+//! ```sh
+//! cargo run --example custom_driver -- run --config alice.toml
+//! ```
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     future::Future,
     io,
     path::{Path, PathBuf},
     pin::Pin,
     process::ExitCode,
-    sync::{Arc, Mutex},
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
-use qkd_drivers::{
-    DetachReason, Event, KeyBlock, KeySource, ReadError, Settlement,
-    conformance::{Bench, Offered, Violation, check},
-};
+use qkd_drivers::{DetachReason, Event, KeyBlock, KeySource, Openers, ReadError, Settlement};
 use qkd_keyfile::{QkdKeyId, metadata::QkdKeyMetadata};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{UnixListener, UnixStream},
-    sync::Notify,
-    time::sleep,
-};
+use tokio::{net::UnixStream, time::sleep};
 use zeroize::{Zeroize, Zeroizing};
 
 const HEADER_BYTES: usize = 12;
@@ -233,125 +238,22 @@ impl std::fmt::Debug for RecordSource {
     }
 }
 
-/// A module for the kit: keeps its blocks and serves them on a socket.
-struct Module {
-    folder: tempfile::TempDir,
-    kept: Arc<Mutex<BTreeMap<u64, Vec<u8>>>>,
-    hang_up: Arc<Notify>,
-    next: u64,
+/// What the driver wants to know.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    socket: PathBuf,
 }
 
-impl Module {
-    fn start() -> io::Result<Self> {
-        let module = Self {
-            folder: tempfile::tempdir()?,
-            kept: Arc::default(),
-            hang_up: Arc::default(),
-            next: 1,
-        };
-        let listener = UnixListener::bind(module.socket())?;
-        let (kept, hang_up) = (module.kept.clone(), module.hang_up.clone());
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let (mut read, mut write) = stream.split();
-                tokio::select! {
-                    _ = send_blocks(&mut write, &kept) => {}
-                    _ = take_answers(&mut read, &kept) => {}
-                    () = hang_up.notified() => {}
-                }
-            }
-        });
-        Ok(module)
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("module.sock")
-    }
+/// All drivers of `qkd-bridge`, and this one.
+pub fn openers() -> Openers {
+    Openers::new().with("records", |entry| {
+        let settings: Settings = entry.settings()?;
+        let socket = entry.folder.join(settings.socket);
+        Ok(Box::new(RecordSource::open(&socket)))
+    })
 }
 
-async fn send_blocks(
-    stream: &mut (impl AsyncWriteExt + Unpin),
-    kept: &Mutex<BTreeMap<u64, Vec<u8>>>,
-) -> io::Result<()> {
-    let mut sent = 0;
-    loop {
-        let next = kept.lock().ok().and_then(|kept| {
-            let mut later = kept.range(sent + 1..);
-            later.next().map(|(&number, key)| (number, key.clone()))
-        });
-        let Some((number, key)) = next else {
-            sleep(Duration::from_millis(5)).await;
-            continue;
-        };
-        stream
-            .write_u32_le(u32::try_from(key.len()).unwrap_or(0))
-            .await?;
-        stream.write_u64_le(number).await?;
-        stream.write_all(&key).await?;
-        sent = number;
-    }
-}
-
-async fn take_answers(
-    stream: &mut (impl AsyncReadExt + Unpin),
-    kept: &Mutex<BTreeMap<u64, Vec<u8>>>,
-) -> io::Result<()> {
-    loop {
-        let number = stream.read_u64_le().await?;
-        if let Ok(mut kept) = kept.lock() {
-            kept.remove(&number);
-        }
-    }
-}
-
-impl Bench for Module {
-    fn open(&mut self) -> Box<dyn KeySource> {
-        Box::new(RecordSource::open(&self.socket()))
-    }
-
-    fn offer(&mut self, blocks: u32) -> Vec<Offered> {
-        let numbers = self.next..self.next + u64::from(blocks);
-        self.next = numbers.end;
-        let offered = numbers.filter_map(|number| {
-            let key: Vec<u8> = (0..16 + number % 100)
-                .map(|i| (number * 37 + i).to_le_bytes()[0])
-                .collect();
-            self.kept.lock().ok()?.insert(number, key.clone());
-            Some(Offered {
-                id: number.to_string().parse().ok()?,
-                key_bits: u32::try_from(8 * key.len()).ok()?,
-                key,
-            })
-        });
-        offered.collect()
-    }
-
-    fn replug(&mut self) -> bool {
-        self.hang_up.notify_one();
-        true
-    }
-}
-
-/// Runs the driver through the kit.
-///
-/// # Errors
-///
-/// What the driver does against its contract.
-pub async fn try_it() -> Result<(), Violation> {
-    let mut module = Module::start().map_err(Violation::Gone)?;
-    check(&mut module).await.map(drop)
-}
-
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
-    match try_it().await {
-        Ok(()) => {
-            println!("the driver keeps the contract");
-            ExitCode::SUCCESS
-        }
-        Err(violation) => {
-            println!("{violation}");
-            ExitCode::FAILURE
-        }
-    }
+fn main() -> ExitCode {
+    qkd_bridge::command::main_with(openers())
 }

@@ -167,6 +167,75 @@ fn a_hang_up_makes_a_node_read_its_certificates_and_log_levels_again() {
 }
 
 #[test]
+fn a_hang_up_adds_changes_and_removes_module_pairs_and_names_what_needs_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    lonely_node(dir.path());
+    let path = dir.path().join("alice.toml");
+    let base = fs::read_to_string(&path).unwrap()
+        + "[[peer]]\nid = \"bob\"\naddress = \"127.0.0.1:9\"\n[[link]]\npeer = \"bob\"\n";
+    let pair = |name: &str, folder: &str| {
+        format!(
+            "[[link.module_pair]]\nname = \"{name}\"\n\
+             driver = {{ kind = \"directory\", path = \"{folder}\" }}\n"
+        )
+    };
+    for folder in ["one", "two"] {
+        fs::create_dir(dir.path().join(folder)).unwrap();
+    }
+    fs::write(&path, format!("{base}{}", pair("mp1", "one"))).unwrap();
+    let node = Node::start(dir.path());
+    let module = |name: &str| status(dir.path()).unwrap()["modules"][name].clone();
+    let device = |name: &str| module(name)["device"].as_str().unwrap_or("").to_owned();
+    wait_until("mp1 is read", || device("mp1").ends_with("one"));
+
+    // One changes its folder, one is new, and one is new and cannot be opened yet.
+    let changed = [pair("mp1", "two"), pair("mp2", "one"), pair("mp3", "three")].concat();
+    fs::write(&path, base.clone() + &changed).unwrap();
+    node.signal(Signal::SIGHUP);
+    wait_until("mp1 is read elsewhere", || device("mp1").ends_with("two"));
+    wait_until("mp2 is read", || device("mp2").ends_with("one"));
+    wait_until("status says why mp3 is not read", || {
+        module("mp3")["error"]
+            .as_str()
+            .is_some_and(|error| error.contains("does not exist; to mend it: sudo install -d"))
+    });
+    fs::create_dir(dir.path().join("three")).unwrap();
+    wait_until("mp3 is read", || device("mp3").ends_with("three"));
+    assert!(module("mp3")["error"].is_null());
+
+    // One goes, and what a running node cannot take over is named.
+    let removed = format!("{base}{}", pair("mp2", "one"))
+        .replace("key_memory_mib = 4", "key_memory_mib = 8")
+        + "[[link]]\npeer = \"carol\"\n[[link.module_pair]]\nname = \"mp4\"\n\
+           driver = { kind = \"directory\", path = \"one\" }\n\
+           [[peer]]\nid = \"carol\"\naddress = \"127.0.0.1:9\"\n";
+    fs::write(&path, removed).unwrap();
+    node.signal(Signal::SIGHUP);
+    wait_until("mp1 and mp3 are gone", || {
+        module("mp1").is_null() && module("mp3").is_null()
+    });
+    wait_until("what needs a restart is named", || {
+        log(dir.path()).matches("read again: module pairs").count() == 2
+    });
+    let said = log(dir.path());
+    for section in ["[node]", "[[link]]", "[[peer]]"] {
+        let line = format!("{section} differs from what this node runs with: that needs a restart");
+        assert!(said.contains(&line), "{said}");
+    }
+    assert!(!said.contains("[tls] differs"), "{said}");
+    assert!(
+        said.contains("its link needs a restart module_pair=mp4"),
+        "{said}"
+    );
+    assert!(
+        module("mp2")["attached"].as_bool().unwrap(),
+        "mp2 was left alone"
+    );
+    assert!(module("mp4").is_null());
+    assert!(node.stop().success());
+}
+
+#[test]
 fn a_store_in_use_is_refused_with_its_name() {
     let dir = tempfile::tempdir().unwrap();
     lonely_node(dir.path());

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use crate::{
     advice::Advice,
     directory::{DirectoryConfig, DirectorySource},
+    openers::CustomConfig,
     serial::{SerialConfig, SerialSource},
     shared_memory::{SharedMemoryConfig, SharedMemorySource},
     source::KeySource,
@@ -19,7 +20,7 @@ use qkd_handover::ring::MapError;
 /// kind = "directory"
 /// path = "/run/qkd/keys"
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum DriverConfig {
@@ -29,6 +30,8 @@ pub enum DriverConfig {
     Serial(SerialConfig),
     /// A producer process that writes to shared memory.
     SharedMemory(SharedMemoryConfig),
+    /// A driver that the program has brought along; see [`Openers`](crate::Openers).
+    Custom(CustomConfig),
 }
 
 impl DriverConfig {
@@ -38,10 +41,12 @@ impl DriverConfig {
             Self::Directory(config) => &mut config.path,
             Self::Serial(config) => &mut config.path,
             Self::SharedMemory(config) => &mut config.socket,
+            // Which of its settings are paths only the driver knows.
+            Self::Custom(config) => &mut config.folder,
         }
     }
 
-    /// Opens the module. Needs the context of a tokio runtime, in which the source is then polled.
+    /// Opens the module with a driver of this crate; [`Openers`](crate::Openers) know others too. Needs the context of a tokio runtime, in which the source is then polled.
     ///
     /// # Errors
     ///
@@ -55,6 +60,12 @@ impl DriverConfig {
             Self::Directory(config) => Box::new(DirectorySource::open(config)?),
             Self::Serial(config) => Box::new(SerialSource::open(config)?),
             Self::SharedMemory(config) => Box::new(SharedMemorySource::open(config)?),
+            Self::Custom(config) => {
+                return Err(OpenError::UnknownDriver {
+                    driver: config.driver.clone(),
+                    known: Vec::new(),
+                });
+            }
         })
     }
 }
@@ -125,6 +136,25 @@ pub enum OpenError {
         /// The reason.
         source: MapError,
     },
+    /// This program has no driver of that name.
+    #[error(
+        "this program has no driver {driver:?} of its own{}: `kind = \"custom\"` is for programs that bring one along",
+        listed(known)
+    )]
+    UnknownDriver {
+        /// The name in the configuration.
+        driver: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// A driver that the program has brought along cannot open its module.
+    #[error("driver {driver:?}")]
+    Custom {
+        /// The driver's name.
+        driver: String,
+        /// Its reason.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A number of the configuration is out of its range.
     #[error("{setting} = {value}: give {expected}")]
     Setting {
@@ -139,4 +169,11 @@ pub enum OpenError {
 
 fn because(advice: Option<&Advice>) -> String {
     advice.map_or_else(String::new, |advice| format!(": {advice}"))
+}
+
+fn listed(known: &[String]) -> String {
+    match known {
+        [] => String::new(),
+        known => format!(" (it has {})", known.join(", ")),
+    }
 }

@@ -44,6 +44,7 @@ mod config;
 pub mod conformance;
 pub mod directory;
 mod event;
+mod openers;
 mod outstanding;
 mod readiness;
 mod records;
@@ -58,6 +59,7 @@ pub use directory::DirectoryConfig;
 pub use event::{
     Alarm, AlarmCode, Band, CorruptReason, DetachReason, Event, KeyBlock, Metric, Severity, Value,
 };
+pub use openers::{CustomConfig, Openers, SettingsError};
 pub use qkd_handover::status::ModuleState;
 pub use records::Limits;
 pub use serial::SerialConfig;

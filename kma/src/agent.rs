@@ -128,6 +128,11 @@ impl Kma {
                 Some(message) => self.message(now, entropy, &peer, message),
                 None => tracing::warn!(%peer, "message cannot be read"),
             },
+            Input::ModulePair { peer, module_pair } => {
+                if let Some(link) = self.links.get_mut(&peer) {
+                    link.add_pair(module_pair);
+                }
+            }
             Input::Held { name, key_bits } => {
                 let mut links = self.links.values_mut();
                 match links.find(|link| link.knows_pair(&name.module_pair)) {

@@ -64,6 +64,13 @@ pub enum Input {
         /// The message.
         bytes: Vec<u8>,
     },
+    /// A link is fed by one more module pair from now on. One that it has already changes nothing.
+    ModulePair {
+        /// The matching KMA; nothing happens if there is no link to it.
+        peer: NodeId,
+        /// The module pair.
+        module_pair: ModulePairId,
+    },
     /// A QKD-key waits in the pipeline.
     Held {
         /// Its name.

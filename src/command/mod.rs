@@ -17,6 +17,7 @@ mod status;
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
+use qkd_drivers::Openers;
 
 use crate::config::ConfigError;
 
@@ -36,7 +37,8 @@ pub struct Cli {
 enum Command {
     /// Run a node.
     #[command(after_help = "Example:\n  qkd-bridge run --config alice.toml\n\n\
-        SIGTERM and Ctrl-C stop the node; SIGHUP makes it read its certificates and log levels again.")]
+        SIGTERM and Ctrl-C stop the node; SIGHUP makes it read module pairs, certificates \
+        and log levels again.")]
     Run {
         /// The node's configuration.
         #[arg(long, value_name = "FILE")]
@@ -175,8 +177,23 @@ impl Failure {
 /// Runs the program and says how it went.
 #[must_use]
 pub fn main() -> ExitCode {
+    main_with(Openers::new())
+}
+
+/// Runs the program with more drivers than it has of its own, and says how it went.
+///
+/// ```no_run
+/// # use qkd_drivers::{KeySource, Openers};
+/// # fn open_records() -> std::io::Result<Box<dyn KeySource>> { unimplemented!() }
+/// fn main() -> std::process::ExitCode {
+///     let openers = Openers::new().with("records", |_entry| Ok(open_records()?));
+///     qkd_bridge::command::main_with(openers)
+/// }
+/// ```
+#[must_use]
+pub fn main_with(openers: Openers) -> ExitCode {
     let cli = Cli::parse();
-    match cli.command.run(cli.log.as_deref()) {
+    match cli.command.run(cli.log.as_deref(), openers) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("qkd-bridge: {}", chain(&failure));
@@ -198,14 +215,14 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 impl Command {
-    fn run(self, levels: Option<&str>) -> Result<(), Failure> {
+    fn run(self, levels: Option<&str>, openers: Openers) -> Result<(), Failure> {
         match self {
             Self::Run {
                 config,
                 exit_with_stdin,
             } => {
                 watch_stdin(exit_with_stdin)?;
-                run::run(&config, levels)
+                run::run(&config, levels, openers)
             }
             Self::Controller {
                 config,

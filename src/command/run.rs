@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use qkd_drivers::Openers;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{Failure, chain, log, runtime};
 use crate::{config::Config, node::Node};
 
-pub(super) fn run(path: &Path, levels: Option<&str>) -> Result<(), Failure> {
+pub(super) fn run(path: &Path, levels: Option<&str>, openers: Openers) -> Result<(), Failure> {
     let config = Config::read(path)?;
     let levels = log::start(levels, config.log.as_deref())?;
     if let Err(error) = qkd_secmem::harden_process() {
@@ -15,8 +16,8 @@ pub(super) fn run(path: &Path, levels: Option<&str>) -> Result<(), Failure> {
     }
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
-        let node = Node::start(config).await?;
-        let result = until_stopped(&node, &mut signals, path, &levels).await;
+        let mut node = Node::start_with(config, openers).await?;
+        let result = until_stopped(&mut node, &mut signals, path, &levels).await;
         tracing::info!("node stops");
         node.stop().await?;
         result
@@ -24,7 +25,7 @@ pub(super) fn run(path: &Path, levels: Option<&str>) -> Result<(), Failure> {
 }
 
 async fn until_stopped(
-    node: &Node,
+    node: &mut Node,
     signals: &mut Signals,
     path: &Path,
     levels: &log::Levels,
@@ -34,31 +35,45 @@ async fn until_stopped(
             () = node.failed() => return Err(Failure::StoreFailed),
             signal = signals.next() => match signal {
                 Order::Stop => return Ok(()),
-                Order::Reload => reload(node, path, levels),
+                Order::Reload => reload(node, path, levels).await,
             },
         }
     }
 }
 
 /// Reads again what can change while the node runs. What cannot be used is not taken.
-fn reload(node: &Node, path: &Path, levels: &log::Levels) {
-    let report = |what: &str, error: &dyn std::error::Error| {
-        tracing::error!(error = chain(error), "{what} stay as they were");
+async fn reload(node: &mut Node, path: &Path, levels: &log::Levels) {
+    let config = match Config::read(path) {
+        Ok(config) => config,
+        Err(error) => {
+            let error = chain(&error);
+            return tracing::error!(error, "everything stays as it was");
+        }
     };
-    match Config::read(path) {
-        Ok(config) => {
-            if let Err(error) = levels.reload(config.log.as_deref()) {
-                report("log levels", &error);
-            }
-        }
-        Err(error) => report("log levels", &error),
+    if let Err(error) = levels.reload(config.log.as_deref()) {
+        tracing::error!(error = chain(&error), "log levels stay as they were");
     }
-    match node.reload() {
-        Ok(()) => {
-            tracing::info!("certificates and log levels were read again; all else needs a restart")
-        }
-        Err(error) => report("certificates", &error),
+    let reloaded = node.reload(&config).await;
+    if let Some(error) = &reloaded.credentials {
+        tracing::error!(error = chain(error), "certificates stay as they were");
     }
+    let modules = &reloaded.modules;
+    for (what, names) in [
+        ("added", &modules.added),
+        ("removed", &modules.removed),
+        ("changed", &modules.changed),
+    ] {
+        for module_pair in names {
+            tracing::info!(%module_pair, "module pair {what}");
+        }
+    }
+    for module_pair in &modules.restart_needed {
+        tracing::warn!(%module_pair, "module pair stays as it was: its link needs a restart");
+    }
+    for section in &reloaded.restart_needed {
+        tracing::warn!("{section} differs from what this node runs with: that needs a restart");
+    }
+    tracing::info!("read again: module pairs, certificates, log levels");
 }
 
 /// The signals that a long-running command heeds.

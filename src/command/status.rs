@@ -63,6 +63,12 @@ fn print_table(report: &Value) {
             number(&m["gap_blocks"]),
             number(&m["corrupt_blocks"]),
         );
+        if let Some(error) = m["error"].as_str() {
+            println!("  cannot be read: {error}");
+        }
+        if number(&m["restarts"]) > 0 {
+            println!("  its driver was started again {} times", m["restarts"]);
+        }
     }
     println!();
     for (peer, up) in entries(&report["peers"]) {

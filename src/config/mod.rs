@@ -54,6 +54,9 @@ pub struct Config {
     pub apps: Vec<AppEntry>,
     /// Levels of the log, as `--log` takes them; `--log` and `QKD_LOG` come first.
     pub log: Option<String>,
+    /// The file, to compare with a later one.
+    #[serde(skip)]
+    file: toml::Table,
 }
 
 impl Config {
@@ -66,6 +69,7 @@ impl Config {
         let (mut config, text) = read_toml::<Self>(path)?;
         check::check(&config)
             .map_err(|wrong| ConfigError::at(path, &text, wrong.span, wrong.what))?;
+        config.file = toml::from_str(&text).unwrap_or_default();
         config.resolve(path.parent().unwrap_or(Path::new(".")));
         Ok(config)
     }
@@ -96,6 +100,18 @@ impl Config {
         }
     }
 
+    /// The sections in which another version of this file differs, without those that a running node
+    /// takes over: module pairs and the log's levels.
+    #[must_use]
+    pub fn differing_sections(&self, other: &Self) -> Vec<String> {
+        let (mine, theirs) = (sections(&self.file), sections(&other.file));
+        let mut names: Vec<_> = mine.keys().chain(theirs.keys()).cloned().collect();
+        names.sort();
+        names.dedup();
+        names.retain(|name| mine.get(name) != theirs.get(name));
+        names
+    }
+
     /// The node of every application.
     #[must_use]
     pub fn app_nodes(&self) -> BTreeMap<AppId, NodeId> {
@@ -108,6 +124,28 @@ impl Config {
     pub fn status_socket(&self) -> PathBuf {
         self.node.data.join("status.sock")
     }
+}
+
+/// A file's sections, by the names that they have in it.
+fn sections(file: &toml::Table) -> BTreeMap<String, toml::Value> {
+    let mut sections = BTreeMap::new();
+    for (name, value) in file {
+        let mut value = value.clone();
+        match (name.as_str(), &mut value) {
+            ("log", _) => continue,
+            ("link", toml::Value::Array(links)) => links
+                .iter_mut()
+                .filter_map(toml::Value::as_table_mut)
+                .for_each(|link| drop(link.remove("module_pair"))),
+            _ => {}
+        }
+        let name = match value {
+            toml::Value::Array(_) => format!("[[{name}]]"),
+            _ => format!("[{name}]"),
+        };
+        sections.insert(name, value);
+    }
+    sections
 }
 
 /// Paths of a driver, taken from the configuration's folder.

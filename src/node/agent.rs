@@ -26,6 +26,9 @@ const BATCH_MAX: usize = 512;
 /// Requests that wait for the agent, at most; more are held back where they come from.
 const REQUESTS_MAX: usize = 1024;
 
+/// To a driver's task: what became of its QKD-keys.
+pub(crate) type Settled = mpsc::UnboundedSender<(QkdKeyName, Settlement)>;
+
 type Supplied = Result<Vec<SuppliedKey>, SupplyError>;
 
 /// What the rest of the node asks of the agent.
@@ -35,6 +38,14 @@ pub(crate) enum Request {
     Supply(SupplyOrder, oneshot::Sender<Supplied>),
     /// An application asks for keys by ID; the order's number is given here.
     SupplyById(SupplyByIdOrder, oneshot::Sender<Supplied>),
+    /// A module begins to feed a link, or begins anew; what it delivered is settled there.
+    AddModule {
+        peer: NodeId,
+        module_pair: ModulePairId,
+        settle: Settled,
+    },
+    /// A module delivers no more. What it has delivered is agreed all the same.
+    RemoveModule(ModulePairId),
     /// How things are.
     Status(oneshot::Sender<Box<Status>>),
     /// The controller's answer.
@@ -49,7 +60,7 @@ pub(crate) struct Surroundings {
     pub(crate) links: LinksHandle,
     pub(crate) stage: StageHandle,
     /// To the drivers' tasks, by module pair.
-    pub(crate) settle: BTreeMap<ModulePairId, mpsc::UnboundedSender<(QkdKeyName, Settlement)>>,
+    pub(crate) settle: BTreeMap<ModulePairId, Settled>,
     /// To the drivers' tasks, by matching KMA: whether the link's store is full.
     pub(crate) full: Vec<(NodeId, watch::Sender<bool>)>,
     /// To the controller's task.
@@ -235,6 +246,17 @@ impl Agent {
             Request::SupplyById(mut order, reply) => {
                 order.order = self.await_reply(reply);
                 self.handle(Input::SupplyById(order));
+            }
+            Request::AddModule {
+                peer,
+                module_pair,
+                settle,
+            } => {
+                self.around.settle.insert(module_pair.clone(), settle);
+                self.handle(Input::ModulePair { peer, module_pair });
+            }
+            Request::RemoveModule(module_pair) => {
+                self.around.settle.remove(&module_pair);
             }
             Request::Status(reply) => {
                 let _ = reply.send(Box::new(self.kma.status()));

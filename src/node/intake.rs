@@ -6,9 +6,18 @@
 //! progress it gets more credit, and the oldest blocks that wait are dropped in the pipeline, counted
 //! and told to the peer. Only a full store makes a module wait for good.
 
-use std::time::Duration;
+mod credit;
+mod reopening;
 
-use qkd_drivers::{Event, KeyBlock, KeySource, next_event};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use qkd_drivers::{DriverConfig, Event, KeyBlock, KeySource, Openers, next_event};
 use qkd_keyfile::{Generation, ModulePairId, QkdKeyName};
 use qkd_kma::Settlement;
 use qkd_pipeline::{Descriptor, PushError, Pusher};
@@ -18,17 +27,10 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
+use self::{credit::Credit, reopening::Backoff};
 use super::until_stop;
 
-/// Key blocks of one module that may be on their way at a time, as far as its share of key memory
-/// allows.
-const CREDIT_BLOCKS: u32 = 256;
-
-/// Key blocks that may be on their way however long they are, so that two can alternate.
-const CREDIT_BLOCKS_LEAST: u32 = 2;
-
-/// Blocks that stop counting as on their way after a time without any settlement.
-const FORGOTTEN_BLOCKS: u32 = 64;
+pub(crate) use reopening::{Closed, fits_key_memory};
 
 /// How long blocks that nobody settles hold a module up.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
@@ -39,10 +41,15 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// A module and what its blocks go through.
 pub(crate) struct Intake {
     pub(crate) module_pair: ModulePairId,
+    /// [`Closed`] where it is still to be opened.
     pub(crate) source: Box<dyn KeySource>,
+    pub(crate) is_open: bool,
+    pub(crate) driver: DriverConfig,
+    pub(crate) openers: Openers,
     pub(crate) pool: Pool,
-    /// How much key memory this module's blocks may take while they wait, in bytes.
-    pub(crate) share_bytes: usize,
+    /// How much key memory this module's blocks may take while they wait, in bytes; changes with the
+    /// number of modules.
+    pub(crate) share_bytes: Arc<AtomicUsize>,
     pub(crate) pusher: Pusher,
     pub(crate) settled: mpsc::UnboundedReceiver<(QkdKeyName, Settlement)>,
     /// Whether the store of the link is full.
@@ -57,6 +64,10 @@ pub struct ModuleReport {
     pub attached: bool,
     /// Who it says it is.
     pub device: Option<String>,
+    /// Why it cannot be opened, and what mends that; nothing where it is open.
+    pub error: Option<String>,
+    /// How often its driver has ended and was started again.
+    pub restarts: u64,
     /// What it says of itself, such as `running`; nothing where it is not within reach.
     pub state: Option<String>,
     /// Key blocks delivered.
@@ -76,10 +87,14 @@ pub struct ModuleReport {
 }
 
 impl Intake {
-    /// Reads the module until it is gone for good or the node stops.
+    /// Reads the module until the node stops or is to read it no more. A driver that ends is started
+    /// again.
     pub(crate) async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
-        let mut credit = Credit::new(self.share_bytes, self.source.max_block_bytes());
-        self.source.grant(credit.top_up());
+        let mut backoff = Backoff::default();
+        if !self.is_open && !self.reopen(None, &mut backoff, &mut shutdown).await {
+            return;
+        }
+        let mut credit = self.fresh_credit();
         let mut free = None;
         let mut progress = Instant::now();
         loop {
@@ -108,6 +123,7 @@ impl Intake {
             };
             match event {
                 Ok(Event::Key(key)) => {
+                    backoff.reset();
                     let (descriptor, left) = self.key(key, buffer);
                     credit.used(descriptor.block.block_bytes());
                     free = left;
@@ -120,12 +136,24 @@ impl Intake {
                     free = Some(buffer);
                 }
                 Err(error) => {
-                    let module_pair = &self.module_pair;
-                    tracing::error!(%module_pair, %error, "module cannot be read");
-                    return;
+                    if !self.reopen(Some(&error), &mut backoff, &mut shutdown).await {
+                        return;
+                    }
+                    // The new source's blocks may be longer.
+                    free = None;
+                    credit = self.fresh_credit();
+                    progress = Instant::now();
                 }
             }
         }
+    }
+
+    /// Credit for a source that has delivered nothing yet, and the first of it granted.
+    fn fresh_credit(&mut self) -> Credit {
+        let share_bytes = self.share_bytes.load(Ordering::Relaxed);
+        let mut credit = Credit::new(share_bytes, self.source.max_block_bytes());
+        self.source.grant(credit.top_up());
+        credit
     }
 
     /// A block to read into: the free one, or another as soon as key memory has one.
@@ -209,7 +237,7 @@ impl Intake {
             Settlement::Dropped => qkd_drivers::Settlement::Dropped,
         };
         self.source.settle(&name.id, outcome);
-        credit.settled();
+        credit.settled(self.share_bytes.load(Ordering::Relaxed));
         self.source.grant(credit.top_up());
     }
 
@@ -252,125 +280,4 @@ impl Intake {
 /// A module's state as `status` gives it.
 fn word(state: &impl std::fmt::Debug) -> String {
     format!("{state:?}").to_lowercase()
-}
-
-/// What a module may still deliver, and what it has delivered.
-#[derive(Debug)]
-struct Credit {
-    /// Blocks that it may deliver now.
-    left: u32,
-    /// Blocks delivered and not settled, without the forgotten ones.
-    unsettled: u32,
-    share_bytes: usize,
-    /// Key memory of its longest block so far.
-    block_bytes: usize,
-    /// Whether it has delivered any; before that, its blocks may be as long as it ever makes them.
-    known: bool,
-}
-
-impl Credit {
-    const fn new(share_bytes: usize, max_block_bytes: usize) -> Self {
-        Self {
-            left: 0,
-            unsettled: 0,
-            share_bytes,
-            block_bytes: max_block_bytes,
-            known: false,
-        }
-    }
-
-    /// Blocks that may be on their way.
-    fn limit(&self) -> u32 {
-        let blocks = u32::try_from(self.share_bytes / self.block_bytes.max(1));
-        blocks
-            .unwrap_or(u32::MAX)
-            .clamp(CREDIT_BLOCKS_LEAST, CREDIT_BLOCKS)
-    }
-
-    /// Blocks to grant, so that as many are on their way as may be; they count as granted.
-    fn top_up(&mut self) -> u32 {
-        let more = self.limit().saturating_sub(self.left + self.unsettled);
-        self.left += more;
-        more
-    }
-
-    fn used(&mut self, block_bytes: usize) {
-        self.left = self.left.saturating_sub(1);
-        self.unsettled += 1;
-        self.block_bytes = if self.known {
-            self.block_bytes.max(block_bytes)
-        } else {
-            block_bytes
-        };
-        self.known = true;
-    }
-
-    fn settled(&mut self) {
-        self.unsettled = self.unsettled.saturating_sub(1);
-    }
-
-    fn forget(&mut self) {
-        self.unsettled = self.unsettled.saturating_sub(FORGOTTEN_BLOCKS);
-    }
-
-    fn is_spent(&self) -> bool {
-        self.left == 0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SHARE: usize = 64 << 10;
-
-    fn credit() -> Credit {
-        let mut credit = Credit::new(SHARE, 256 << 10);
-        assert_eq!(credit.top_up(), CREDIT_BLOCKS_LEAST);
-        credit
-    }
-
-    #[test]
-    fn credit_is_used_by_delivery_and_given_back_by_settlement() {
-        let mut credit = credit();
-        credit.used(1 << 10);
-        assert_eq!(
-            credit.top_up(),
-            64 - 2,
-            "the share holds 64 blocks of this length"
-        );
-        while !credit.is_spent() {
-            credit.used(1 << 10);
-        }
-        assert_eq!(credit.top_up(), 0);
-        credit.settled();
-        assert_eq!(credit.top_up(), 1);
-    }
-
-    #[test]
-    fn short_blocks_get_no_more_credit_than_there_is_and_long_ones_no_less() {
-        let mut credit = credit();
-        credit.used(32);
-        assert_eq!(credit.limit(), CREDIT_BLOCKS);
-        credit.used(256 << 10);
-        assert_eq!(credit.limit(), CREDIT_BLOCKS_LEAST);
-    }
-
-    #[test]
-    fn blocks_that_nobody_settles_give_their_credit_back_in_the_end() {
-        let mut credit = credit();
-        for _ in 0..1000 {
-            while !credit.is_spent() {
-                credit.used(256);
-            }
-            credit.forget();
-            assert!(credit.top_up() > 0);
-        }
-        // Settled late, they give no credit twice.
-        for _ in 0..100_000 {
-            credit.settled();
-            credit.top_up();
-            assert!(credit.left + credit.unsettled <= CREDIT_BLOCKS);
-        }
-    }
 }

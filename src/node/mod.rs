@@ -6,12 +6,14 @@
 
 mod agent;
 mod intake;
+mod modules;
 mod routes;
 mod status;
 mod supply;
 
 use std::{collections::BTreeMap, io, sync::Arc, thread, time::Duration};
 
+use qkd_drivers::Openers;
 use qkd_kernels::Backend;
 use qkd_kma::{
     Kma, KmaConfig, LinkConfig, RemoteConfig,
@@ -36,8 +38,9 @@ use crate::{
     env::{SystemClock, random_16},
 };
 use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
-use intake::Intake;
 pub use intake::ModuleReport;
+pub use modules::ModuleChanges;
+use modules::{Means, Modules};
 use routes::Routes;
 pub use status::{MemoryReport, Report, StreamReport, ask};
 use supply::NodeSupply;
@@ -100,6 +103,9 @@ pub enum NodeError {
 /// A node that runs.
 #[derive(Debug)]
 pub struct Node {
+    /// What it was started with, but for the module pairs, which may have changed since.
+    config: Config,
+    modules: Modules,
     credentials: Arc<Reloadable>,
     stop: watch::Sender<bool>,
     tasks: JoinSet<()>,
@@ -110,12 +116,21 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node. Needs a tokio runtime.
+    /// Starts a node, with the drivers of this program. Needs a tokio runtime.
     ///
     /// # Errors
     ///
     /// [`NodeError`]: nothing goes on running.
     pub async fn start(config: Config) -> Result<Self, NodeError> {
+        Self::start_with(config, Openers::new()).await
+    }
+
+    /// Starts a node that knows more drivers. Needs a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// [`NodeError`]: nothing goes on running.
+    pub async fn start_with(config: Config, openers: Openers) -> Result<Self, NodeError> {
         let tls = &config.tls;
         let credentials = Arc::new(Reloadable::load(&tls.ca, &tls.certificate, &tls.key)?);
         let (intake_pool, pool) = key_memory(&config)?;
@@ -153,44 +168,24 @@ impl Node {
             },
         )?;
 
-        let mut modules = Vec::new();
-        let mut settle = BTreeMap::new();
-        let pair_count = config
+        let (full_senders, full): (Vec<_>, BTreeMap<_, _>) = config
             .links
             .iter()
-            .map(|l| l.module_pairs.len())
-            .sum::<usize>();
-        let share_bytes = bound.bytes / pair_count.max(1);
-        let mut full_links = Vec::new();
-        let pairs = config.links.iter().flat_map(|link| {
-            let (full_sender, full) = watch::channel(false);
-            full_links.push((link.peer.get_ref().clone(), full_sender));
-            link.module_pairs
-                .iter()
-                .map(move |pair| (pair, full.clone()))
+            .map(|link| {
+                let (sender, full) = watch::channel(false);
+                let peer = link.peer.get_ref();
+                ((peer.clone(), sender), (peer.clone(), full))
+            })
+            .unzip();
+        let mut modules = Modules::new(Means {
+            openers,
+            pool: intake_pool.clone(),
+            pusher,
+            waiting_bytes: bound.bytes,
+            full,
+            requests: requests.clone(),
         });
-        for (pair, full) in pairs {
-            let module_pair = pair.name.get_ref().clone();
-            let source = pair.driver.open().map_err(|source| NodeError::Module {
-                module_pair: module_pair.to_string(),
-                source,
-            })?;
-            let (settle_sender, settled) = mpsc::unbounded_channel();
-            let (state, report) = watch::channel(ModuleReport::default());
-            settle.insert(module_pair.clone(), settle_sender);
-            modules.push((module_pair.to_string(), report));
-            let intake = Intake {
-                module_pair,
-                source,
-                pool: intake_pool.clone(),
-                share_bytes,
-                pusher: pusher.clone(),
-                settled,
-                full,
-                state,
-            };
-            tasks.spawn(intake.run(shutdown.clone()));
-        }
+        let settle = modules.start(&config)?;
 
         let (alarms, alarm_receiver) = mpsc::unbounded_channel();
         let routes = Routes::start(
@@ -208,7 +203,7 @@ impl Node {
             links: links.clone(),
             stage,
             settle,
-            full: full_links,
+            full: full_senders,
             want_route,
             alarms,
             clock,
@@ -234,7 +229,7 @@ impl Node {
         let server = status::StatusServer {
             node: config.node.id.clone(),
             requests: requests.clone(),
-            modules,
+            modules: modules.reports(),
             pools: [intake_pool, pool],
         };
         let socket = status::bind(&config.status_socket())?;
@@ -257,6 +252,8 @@ impl Node {
             ));
         }
         Ok(Self {
+            config,
+            modules,
             credentials,
             stop,
             tasks,
@@ -266,13 +263,14 @@ impl Node {
         })
     }
 
-    /// Reads certificates again; connections that are open stay as they are.
-    ///
-    /// # Errors
-    ///
-    /// They cannot be used; the ones in use stay in use.
-    pub fn reload(&self) -> Result<(), CredentialsError> {
-        self.credentials.reload()
+    /// Takes over what a changed configuration says of module pairs, and reads certificates again;
+    /// connections that are open stay as they are. Says what it does not take over.
+    pub async fn reload(&mut self, config: &Config) -> Reloaded {
+        Reloaded {
+            modules: self.modules.reload(config).await,
+            credentials: self.credentials.reload().err(),
+            restart_needed: self.config.differing_sections(config),
+        }
     }
 
     /// Waits until the agent ends by itself: its store failed.
@@ -292,6 +290,7 @@ impl Node {
     pub async fn stop(mut self) -> Result<(), NodeError> {
         let _ = self.stop.send(true);
         let _ = tokio::time::timeout(STOP_WITHIN, async {
+            self.modules.stop().await;
             while self.tasks.join_next().await.is_some() {}
         })
         .await;
@@ -306,6 +305,18 @@ impl Node {
             Err(error) => Err(NodeError::System(error.into())),
         }
     }
+}
+
+/// What [`Node::reload`] has done.
+#[derive(Debug)]
+pub struct Reloaded {
+    /// Module pairs.
+    pub modules: ModuleChanges,
+    /// Why the certificates in use stay in use, if they do.
+    pub credentials: Option<CredentialsError>,
+    /// Parts of the file that differ from what this process was started with, and that only a restart
+    /// takes over.
+    pub restart_needed: Vec<String>,
 }
 
 /// Waits until the node stops.

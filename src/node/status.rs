@@ -19,7 +19,7 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 
-use super::{agent::Request, intake::ModuleReport};
+use super::{agent::Request, intake::ModuleReport, modules::Reports};
 
 /// A node's state. Quantities in bytes are usable key, in bits all of it; none is key.
 #[derive(Debug, Serialize)]
@@ -77,7 +77,7 @@ pub struct MemoryReport {
 pub(crate) struct StatusServer {
     pub(crate) node: NodeId,
     pub(crate) requests: mpsc::Sender<Request>,
-    pub(crate) modules: Vec<(String, watch::Receiver<ModuleReport>)>,
+    pub(crate) modules: Reports,
     /// Key memory of the intake, and of everything else.
     pub(crate) pools: [qkd_secmem::Pool; 2],
 }
@@ -152,11 +152,7 @@ impl StatusServer {
             version: env!("CARGO_PKG_VERSION"),
             peers: status.peers.into_iter().collect(),
             streams: streams.collect(),
-            modules: self
-                .modules
-                .iter()
-                .map(|(name, state)| (name.clone(), state.borrow().clone()))
-                .collect(),
+            modules: self.modules.get(),
             outbox_bindings: status.outbox_bindings,
             waiting_bindings: status.waiting_bindings,
             key_memory: MemoryReport {

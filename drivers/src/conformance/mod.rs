@@ -11,7 +11,8 @@
 //! hostile module) are yours to test. Its key is made up by the bench and no secret. It takes some
 //! seconds, since to see that nothing comes is to wait; run it in real time, not in tokio's paused one.
 //!
-//! `examples/custom_driver.rs` in the root of the workspace is a driver with its bench.
+//! `examples/custom_driver.rs` in the root of the workspace is a driver, and `tests/custom_driver.rs` its
+//! bench.
 
 mod watch;
 

@@ -116,6 +116,11 @@ impl LinkSync {
         self.answers.clear();
     }
 
+    /// The peer is told of what waits of the new pair as after a connect: all of it, before segments.
+    pub(crate) fn add_pair(&mut self, module_pair: ModulePairId) {
+        self.pairs.entry(module_pair).or_default();
+    }
+
     pub(crate) fn knows_pair(&self, module_pair: &ModulePairId) -> bool {
         self.pairs.contains_key(module_pair)
     }
