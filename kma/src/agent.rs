@@ -1,9 +1,9 @@
 //! The agent: every input goes to the part that it concerns.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use qkd_kernels::Backend;
-use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, Now, StreamId};
+use qkd_keyfile::{AppId, Entropy, LinkId, Mono, NodeId, Now, StreamId};
 
 use crate::{
     RESEND_AFTER, TICK, confirm,
@@ -33,6 +33,8 @@ pub struct Kma {
     ticked: Option<Mono>,
     said_pending: Mono,
     journal_limit_bytes: u64,
+    epoch_period: Option<Duration>,
+    epoch_began: Option<Mono>,
 }
 
 /// What every part of the agent works with.
@@ -102,12 +104,15 @@ impl Kma {
             ticked: None,
             said_pending: Mono::default(),
             journal_limit_bytes: JOURNAL_LIMIT_BYTES,
+            epoch_period: None,
+            epoch_began: None,
             config,
         }
     }
 
     /// Takes one input. `entropy` serves key IDs and, for relayed units, key bits.
     pub fn handle(&mut self, now: Now, entropy: &mut dyn Entropy, input: Input) {
+        self.core.store.set_time(now);
         let mut cx = self.core.cx(now, &self.config.node);
         match input {
             Input::PeerUp(peer) => {
@@ -133,7 +138,14 @@ impl Kma {
                     link.add_pair(module_pair);
                 }
             }
-            Input::Held { name, key_bits } => {
+            Input::Held {
+                name,
+                key_bits,
+                metadata,
+            } => {
+                if !cx.store.is_used(&name) {
+                    cx.store.receive(&name, key_bits, metadata);
+                }
                 let mut links = self.links.values_mut();
                 match links.find(|link| link.knows_pair(&name.module_pair)) {
                     Some(link) => {
@@ -191,7 +203,44 @@ impl Kma {
             }
             tracing::error!(%error, "journal could not be compacted; it grows on");
         }
+        self.rotate_epoch_if_due()?;
         Ok(std::mem::take(&mut self.core.out))
+    }
+
+    fn rotate_epoch_if_due(&mut self) -> Result<(), VaultError> {
+        let (Some(now), Some(period)) = (self.ticked, self.epoch_period) else {
+            return Ok(());
+        };
+        let began = *self.epoch_began.get_or_insert(now);
+        if now.since(began) < period {
+            return Ok(());
+        }
+        self.epoch_began = Some(now);
+        match self.core.store.rotate_epoch() {
+            Err(error) if error.is_final() => Err(error),
+            Err(error) => {
+                tracing::error!(%error, "no new epoch of data keys; tried again after the period");
+                Ok(())
+            }
+            Ok(()) => {
+                tracing::info!("data keys are wrapped anew: a new epoch has begun");
+                Ok(())
+            }
+        }
+    }
+
+    /// Wraps all data keys anew whenever this time has passed. Not at all without it.
+    #[must_use]
+    pub fn with_epoch_period(mut self, period: Duration) -> Self {
+        self.epoch_period = Some(period);
+        self
+    }
+
+    /// Remembers what an operator calls applications.
+    #[must_use]
+    pub fn with_application_names(mut self, names: &BTreeMap<AppId, String>) -> Self {
+        self.core.store.name_applications(names);
+        self
     }
 
     /// Compacts the journal beyond this length, instead of [`JOURNAL_LIMIT_BYTES`].
@@ -254,7 +303,9 @@ impl Kma {
             self.said_pending = now.mono;
             confirm::say_pending(&mut cx, &self.sessions);
             confirm::say_spent(&mut cx, &self.sessions);
+            confirm::say_suspected(&mut cx, &self.sessions);
             confirm::close_finished(&mut cx);
+            cx.store.retain();
         }
     }
 
@@ -304,6 +355,9 @@ impl Kma {
                 if session.accepting_id().is_some() {
                     confirm::spent(cx, peer, stream, segments);
                 }
+            }
+            Message::Suspected { stream, segments } => {
+                confirm::suspected(cx, peer, &stream, &segments);
             }
             Message::SpentTaken { stream, segments } => {
                 confirm::spent_taken(cx, peer, &stream, &segments);

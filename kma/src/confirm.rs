@@ -168,6 +168,30 @@ pub(crate) fn say_spent(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
     }
 }
 
+/// The other end has reason to believe that others know segments.
+pub(crate) fn suspected(
+    cx: &mut Cx<'_>,
+    peer: &NodeId,
+    stream: &StreamId,
+    segments: &[SegmentNumber],
+) {
+    if stream.peer_of(cx.me) != Some(peer) {
+        return;
+    }
+    for &segment in segments {
+        if cx.store.suspect(stream, segment) {
+            tracing::error!(%peer, %stream, %segment, "peer suspects a segment; it is void");
+        }
+    }
+}
+
+/// Segments that others may know, until both ends are done with them.
+pub(crate) fn say_suspected(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
+    for (peer, _, stream, segments) in listed(cx, sessions, |stream| &stream.suspected) {
+        cx.send(&peer, &Message::Suspected { stream, segments });
+    }
+}
+
 /// Of every stream with a node that is there, the first segments of a list, unless there are none.
 fn listed<'s>(
     cx: &Cx<'_>,

@@ -5,7 +5,7 @@
 //! tag, then burns the bits, and only then decrypts: a forged or altered hop costs no pad.
 
 use qkd_kernels::TagKey;
-use qkd_keyfile::{KeySpan, LinkId, NodeId, SegmentNumber, StreamId};
+use qkd_keyfile::{KeySpan, LinkId, NodeId, SegmentNumber, StreamId, metadata::RelayEncryption};
 use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
 
@@ -131,6 +131,13 @@ pub(crate) fn send(
         }
     })?;
     cx.store.take(&stream, &spans, Purpose::Pad);
+    cx.store.carried(
+        leg.route,
+        leg.segment,
+        &stream,
+        spans.clone(),
+        RelayEncryption::OneTimePad,
+    );
     if let Some(key) = fresh {
         let spans = hash_key;
         session.sending.hash_key = Some(HashKey { spans, key });
@@ -273,6 +280,13 @@ pub(crate) fn receive(
         return Err(HopError::BadTag);
     }
     cx.store.follow(&stream, &spans).map_err(HopError::Misuse)?;
+    cx.store.carried(
+        &header.route,
+        header.segment,
+        &stream,
+        spans,
+        RelayEncryption::OneTimePad,
+    );
     if let Some(key) = fresh {
         let keys = &mut session.receiving.hash_keys;
         keys.truncate(1);

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use qkd_kernels::Backend;
 use qkd_keyfile::{
     AppId, Composition, KeyBits, KsaKeyId, ModulePairId, NodeId, Now, QkdKeyId, QkdKeyName,
-    SegmentNumber, StreamId, metadata::SecurityLevel,
+    SegmentNumber, StreamId,
+    metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_secmem::KeyBuf;
 
@@ -77,6 +78,8 @@ pub enum Input {
         name: QkdKeyName,
         /// Its length.
         key_bits: u32,
+        /// What its module said about it.
+        metadata: QkdKeyMetadata,
     },
     /// The pipeline lost a QKD-key that it held.
     Lost(QkdKeyName),

@@ -50,7 +50,9 @@ pub use io::{
     Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, RemoteConfig,
     Settlement, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
-pub use record::{Binding, BurnReason, DiscardReason, Purpose, Record, Stage, StoredSegment};
+pub use record::{
+    Binding, BurnReason, DiscardReason, Purpose, Record, SealedRow, Stage, StoredSegment,
+};
 pub use stream::Accounts;
 pub use supply::KEYS_MAX;
 

@@ -7,9 +7,9 @@
 
 use qkd_keyfile::{
     AppId, Composition, KeySpan, KmaKeyId, KsaKeyId, ModulePairId, NodeId, QkdKeyId, SegmentNumber,
-    StreamId,
+    StreamId, UnixTime,
     address::Generation,
-    metadata::{KeyType, SecurityLevel},
+    metadata::{KeyType, QkdKeyMetadata, RelayEncryption, RelayedKeyMetadata, SecurityLevel},
 };
 use serde::{Deserialize, Serialize};
 
@@ -151,6 +151,109 @@ pub enum Record {
         /// This part of the encoded state.
         part: Vec<u8>,
     },
+
+    // Life cycle (Y.3803 clause 8.2.6): what happened when, and what came of what. Where nothing else
+    // is said these change no state.
+    /// Version of the records from here on; first in a journal. A newer one is not opened.
+    Schema {
+        /// The version.
+        version: u32,
+    },
+    /// What follows happened then.
+    Time {
+        /// By a clock that may be wrong.
+        unix: UnixTime,
+        /// By the age clock, which no jump of the other can move far: seconds that this store has
+        /// lived. Only expiry and retention go by it.
+        age_seconds: u64,
+    },
+    /// A QKD-key came from its module. Durable with the first change that rests on it, not before.
+    Received {
+        /// The module pair that made it.
+        module_pair: ModulePairId,
+        /// The life of its numbering.
+        generation: Generation,
+        /// Its length.
+        key_bits: u32,
+        /// What its module said of it; the hash is withheld.
+        metadata: QkdKeyMetadata,
+    },
+    /// What else is known about a segment that was just stored.
+    Described {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+        /// What modules said about its QKD-keys; hashes are withheld.
+        qkd_keys: Vec<QkdKeyMetadata>,
+        /// How it came here, if it was relayed; the hash is withheld.
+        relayed: Option<Box<RelayedKeyMetadata>>,
+        /// Where the hashes that modules gave are sealed; gone with the segment.
+        hashes: Option<SealedRow>,
+    },
+    /// A unit went over one hop, under this pad: sent or accepted, as the pad was taken or followed.
+    Carried {
+        /// The unit's stream, from source to destination.
+        unit_stream: StreamId,
+        /// The unit's number in it.
+        unit: SegmentNumber,
+        /// The link that the pad is from.
+        stream: StreamId,
+        /// The pad, tags and hash key included.
+        pad: Vec<KeySpan>,
+        /// How it was encrypted.
+        encryption: RelayEncryption,
+    },
+    /// Nothing is used towards this KMA or taken from it any more.
+    Quarantined {
+        /// The KMA.
+        peer: NodeId,
+    },
+    /// A segment is suspected to be known to others: its row is erased, no key of it is given out, its
+    /// owner burns what is left, and the matching KMA is told.
+    Suspected {
+        /// Its stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+    },
+    /// As [`Record::Closed`], but the row is kept for as long as policy says. Nothing reads it.
+    Preserved {
+        /// The segment's stream.
+        stream: StreamId,
+        /// Its number.
+        segment: SegmentNumber,
+    },
+    /// A preserved row is erased.
+    Deleted {
+        /// The row.
+        row: RowId,
+    },
+    /// What an operator calls an application.
+    ApplicationNamed {
+        /// The application.
+        application: AppId,
+        /// Its name.
+        name: String,
+    },
+    /// A record of an archived journal about a segment that is still in stock, kept by a compaction.
+    History {
+        /// When it was recorded.
+        unix: UnixTime,
+        /// The record.
+        record: Box<Self>,
+    },
+}
+
+/// A row of sealed bytes that are no key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedRow {
+    /// Where it is.
+    pub row: RowId,
+    /// Proves that its bytes are those stored.
+    pub seal: SealTag,
+    /// Its length.
+    pub len_bytes: u32,
 }
 
 /// A segment as it is stored.
@@ -211,6 +314,10 @@ pub enum BurnReason {
     PeerStoreReplaced,
     /// The store cannot read it any more.
     Unreadable,
+    /// It was in stock for longer than policy allows.
+    Expired,
+    /// Others may know it.
+    Suspected,
 }
 
 /// Why a segment was discarded.

@@ -322,6 +322,7 @@ impl Session {
     fn quarantine(&mut self, cx: &mut Cx<'_>) {
         if !self.quarantined {
             self.quarantined = true;
+            cx.store.quarantined(&self.peer);
             cx.alarm(Alarm::PeerRolledBack {
                 peer: self.peer.clone(),
             });

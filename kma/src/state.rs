@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use qkd_keyfile::{
-    AppId, KsaKeyId, ModulePairId, NodeId, SegmentNumber, StreamId, address::Generation,
+    AppId, KsaKeyId, ModulePairId, NodeId, SegmentNumber, StreamId, UnixTime, address::Generation,
 };
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,7 @@ use crate::{
     record::{Binding, BurnReason, DiscardReason, Purpose, Record},
     stream::{Segment, Stream},
     used::UsedIds,
-    vault::RowId,
+    vault::{RowId, SealTag},
 };
 
 /// The durable state of a KMA.
@@ -29,6 +29,16 @@ pub(crate) struct State {
     pub(crate) used: BTreeMap<(ModulePairId, Generation), UsedIds>,
     /// The next row that was never used.
     pub(crate) next_row: u64,
+    /// Version of the records.
+    pub(crate) schema: u32,
+    /// The time of the last record.
+    pub(crate) unix: UnixTime,
+    /// The age clock: seconds that the store has lived.
+    pub(crate) age_seconds: u64,
+    /// Rows of closed segments that policy keeps, and until when they were needed, by the age clock.
+    pub(crate) preserved: BTreeMap<RowId, PreservedRow>,
+    /// What an operator calls applications.
+    pub(crate) names: BTreeMap<AppId, String>,
     /// How often the rows were lost while the journal stayed.
     pub(crate) emptied: u64,
     /// Bindings dropped because more came than are kept.
@@ -38,6 +48,14 @@ pub(crate) struct State {
     /// Rows of segments that ended, for the store to erase.
     #[serde(skip)]
     pub(crate) freed: Vec<RowId>,
+}
+
+/// The row of a segment that is closed and preserved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PreservedRow {
+    pub(crate) seal: SealTag,
+    pub(crate) len_bytes: u32,
+    pub(crate) closed_at_seconds: u64,
 }
 
 /// What is known about another KMA.
@@ -73,7 +91,43 @@ impl State {
 
     fn fold(&mut self, record: &Record) -> Option<()> {
         match record {
-            Record::Boot { .. } => Some(()),
+            Record::Boot { .. }
+            | Record::Received { .. }
+            | Record::Carried { .. }
+            | Record::Quarantined { .. }
+            | Record::History { .. } => Some(()),
+            Record::Schema { version } => {
+                self.schema = *version;
+                Some(())
+            }
+            Record::Time { unix, age_seconds } => {
+                self.unix = *unix;
+                self.age_seconds = self.age_seconds.max(*age_seconds);
+                Some(())
+            }
+            Record::Described {
+                stream,
+                segment,
+                hashes,
+                ..
+            } => match hashes {
+                Some(hashes) => {
+                    self.next_row = self.next_row.max(hashes.row.0.checked_add(1)?);
+                    self.streams.get_mut(stream)?.describe(*segment, *hashes)
+                }
+                None => Some(()),
+            },
+            Record::Suspected { stream, segment } => self.suspected(stream, *segment),
+            Record::Preserved { stream, segment } => self.preserved(stream, *segment),
+            Record::Deleted { row } => {
+                self.preserved.remove(row)?;
+                self.freed.push(*row);
+                Some(())
+            }
+            Record::ApplicationNamed { application, name } => {
+                self.names.insert(application.clone(), name.clone());
+                Some(())
+            }
             // The store puts the parts together before anything is folded.
             Record::Snapshot { .. } => None,
             Record::Emptied => self.emptied(),
@@ -102,9 +156,10 @@ impl State {
                 body,
             } => {
                 self.next_row = self.next_row.max(body.row.0.checked_add(1)?);
+                let age = self.age_seconds;
                 let stream = self.stream_mut(stream);
                 stream.next_segment = stream.next_segment.max(segment.0.checked_add(1)?);
-                stream.store(*segment, body);
+                stream.store(*segment, body, age);
                 Some(())
             }
             Record::Confirmed { stream, segment } => self.stream_mut(stream).confirmed(*segment),
@@ -195,7 +250,8 @@ impl State {
             stream.proposed.clear();
             for number in stream.segments.keys().copied().collect::<Vec<_>>() {
                 let ended = stream.end(number, BurnReason::PeerStoreReplaced);
-                self.freed.extend(ended.map(|segment| segment.row));
+                self.freed
+                    .extend(ended.iter().flat_map(|segment| segment.rows()));
             }
         }
     }
@@ -222,17 +278,46 @@ impl State {
     /// Ends a segment, and with it what is bound to its bits.
     fn end(&mut self, id: &StreamId, number: SegmentNumber, reason: BurnReason) -> Option<()> {
         let segment = self.streams.get_mut(id)?.end(number, reason)?;
-        self.freed.push(segment.row);
+        self.freed.extend(segment.rows());
         if segment.bindings > 0 {
-            self.received.retain(|(source, _), received| {
-                let binding = &received.binding;
-                let ends = binding.stream == *id && binding.span.segment == number;
-                if ends && let Some(peer) = self.peers.get_mut(source) {
-                    peer.undelivered.remove(&received.sequence);
-                }
-                !ends
-            });
+            self.unbind(id, number);
         }
+        Some(())
+    }
+
+    /// Forgets received bindings into a segment.
+    fn unbind(&mut self, id: &StreamId, number: SegmentNumber) -> i32 {
+        let before = self.received.len();
+        self.received.retain(|(source, _), received| {
+            let binding = &received.binding;
+            let ends = binding.stream == *id && binding.span.segment == number;
+            if ends && let Some(peer) = self.peers.get_mut(source) {
+                peer.undelivered.remove(&received.sequence);
+            }
+            !ends
+        });
+        i32::try_from(before - self.received.len()).unwrap_or(i32::MAX)
+    }
+
+    fn suspected(&mut self, id: &StreamId, number: SegmentNumber) -> Option<()> {
+        let rows = self.streams.get_mut(id)?.suspect(number)?;
+        self.freed.extend(rows);
+        let unbound = self.unbind(id, number);
+        self.streams.get_mut(id)?.bind(number, -unbound)
+    }
+
+    /// Ends a segment that is done with, and keeps its row.
+    fn preserved(&mut self, id: &StreamId, number: SegmentNumber) -> Option<()> {
+        let stream = self.streams.get_mut(id)?;
+        let segment = stream.end(number, BurnReason::Closed)?;
+        let row = PreservedRow {
+            seal: segment.seal,
+            len_bytes: segment.len_bytes,
+            closed_at_seconds: self.age_seconds,
+        };
+        self.preserved.insert(segment.row, row);
+        self.freed
+            .extend(segment.rows().filter(|row| *row != segment.row));
         Some(())
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ranges::RangeSet,
-    record::{BurnReason, Purpose, Stage, StoredSegment},
+    record::{BurnReason, Purpose, SealedRow, Stage, StoredSegment},
     vault::{RowId, SealTag},
 };
 
@@ -28,6 +28,8 @@ pub(crate) struct Stream {
     pub(crate) answered: BTreeSet<SegmentNumber>,
     pub(crate) spent: BTreeSet<SegmentNumber>,
     pub(crate) finished: BTreeSet<SegmentNumber>,
+    /// Others may know them: to be told to the other end for as long as they are here.
+    pub(crate) suspected: BTreeSet<SegmentNumber>,
     /// Bytes left in `open`.
     pub(crate) open_bytes: u64,
     /// Bytes left in `segments`. The double entry counts afresh.
@@ -51,6 +53,12 @@ pub(crate) struct Segment {
     pub(crate) followed: RangeSet,
     /// Bindings into it that still need its bytes here.
     pub(crate) bindings: u32,
+    /// Others may know it: its row is erased.
+    pub(crate) is_suspected: bool,
+    /// When it was stored, by the age clock.
+    pub(crate) stored_at_seconds: u64,
+    /// Where hashes that modules gave are sealed.
+    pub(crate) hashes: Option<Box<SealedRow>>,
 }
 
 /// What is to be done about a segment.
@@ -90,7 +98,7 @@ pub struct Accounts {
 }
 
 impl Segment {
-    fn new(body: &StoredSegment) -> Self {
+    fn new(body: &StoredSegment, stored_at_seconds: u64) -> Self {
         let mut followed = RangeSet::default();
         followed.insert(0, u64::from(body.head_bytes));
         Self {
@@ -104,7 +112,16 @@ impl Segment {
             mark_bytes: body.head_bytes.min(body.len_bytes),
             followed,
             bindings: 0,
+            is_suspected: false,
+            stored_at_seconds,
+            hashes: None,
         }
+    }
+
+    /// The rows that end with it.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = RowId> {
+        let hashes = self.hashes.as_ref().map(|hashes| hashes.row);
+        std::iter::once(self.row).chain(hashes)
     }
 
     /// Bytes that may still be taken (owner) or followed (the other end).
@@ -167,7 +184,12 @@ impl Stream {
         i128::from(a.received_bits) - out.iter().map(|&bits| i128::from(bits)).sum::<i128>()
     }
 
-    pub(crate) fn store(&mut self, number: SegmentNumber, body: &StoredSegment) {
+    pub(crate) fn store(
+        &mut self,
+        number: SegmentNumber,
+        body: &StoredSegment,
+        stored_at_seconds: u64,
+    ) {
         self.proposed.remove(&number);
         let stored_bits = u64::from(body.len_bytes) * 8;
         let head_bits = u64::from(body.head_bytes.min(body.len_bytes)) * 8;
@@ -177,7 +199,7 @@ impl Stream {
         if body.stage == Stage::Confirmed {
             self.accounts.confirmed_segments += 1;
         }
-        let segment = Segment::new(body);
+        let segment = Segment::new(body, stored_at_seconds);
         self.count(number, &segment);
         self.segments.insert(number, segment);
     }
@@ -222,10 +244,27 @@ impl Stream {
         })?
     }
 
+    /// Others may know a segment: gives back the rows that end with that.
+    pub(crate) fn suspect(&mut self, number: SegmentNumber) -> Option<Vec<RowId>> {
+        let rows = self.change(number, |segment| {
+            segment.is_suspected = true;
+            segment.rows().collect()
+        })?;
+        self.suspected.insert(number);
+        Some(rows)
+    }
+
+    /// Remembers where the hashes of a segment's QKD-keys are.
+    pub(crate) fn describe(&mut self, number: SegmentNumber, hashes: SealedRow) -> Option<()> {
+        self.segments.get_mut(&number)?.hashes = Some(Box::new(hashes));
+        Some(())
+    }
+
     /// Burns what is left of a segment that ends.
     pub(crate) fn end(&mut self, number: SegmentNumber, reason: BurnReason) -> Option<Segment> {
         let segment = self.segments.remove(&number)?;
         self.discount(number, &segment);
+        self.suspected.remove(&number);
         let left = u64::from(segment.remaining_bytes());
         self.account(left, Purpose::Burn(reason));
         Some(segment)

@@ -383,10 +383,11 @@ fn fetch(cx: &mut Cx<'_>, order: &SupplyByIdOrder) -> Result<Vec<SuppliedKey>, S
         if received.delivered.contains(&order.application) {
             return Err(SupplyError::UnknownKeyId);
         }
-        let released = cx
-            .store
-            .segment(&binding.stream, binding.span.segment)
-            .is_some_and(|s| s.stage == Stage::Confirmed);
+        let segment = cx.store.segment(&binding.stream, binding.span.segment);
+        if segment.is_some_and(|segment| segment.is_suspected) {
+            return Err(SupplyError::UnknownKeyId);
+        }
+        let released = segment.is_some_and(|s| s.stage == Stage::Confirmed);
         if !released {
             return Err(SupplyError::Unreachable);
         }

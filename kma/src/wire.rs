@@ -122,6 +122,13 @@ pub(crate) enum Message {
     AskBinding { key_ids: Vec<KsaKeyId> },
     /// The bindings asked about went out before this message; those that did not do not exist.
     AskedBindings { key_ids: Vec<KsaKeyId> },
+
+    // Life cycle.
+    /// Others may know these segments: nothing of them is used any more.
+    Suspected {
+        stream: StreamId,
+        segments: Vec<SegmentNumber>,
+    },
 }
 
 /// A part of what the owner of bits tells when a link session begins.
@@ -235,6 +242,7 @@ impl Message {
             Self::Propose(propose) => propose.composition.pieces.len(),
             Self::Pending { segments, .. }
             | Self::Spent { segments, .. }
+            | Self::Suspected { segments, .. }
             | Self::SpentTaken { segments, .. } => segments.len(),
             Self::RelayFailed { route, .. } => route.len(),
             Self::Bindings { bindings, .. } => {

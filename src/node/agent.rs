@@ -205,7 +205,15 @@ impl Agent {
 
     fn staged(&mut self, event: StageEvent) {
         match event {
-            StageEvent::Held { name, key_bits, .. } => self.handle(Input::Held { name, key_bits }),
+            StageEvent::Held {
+                name,
+                key_bits,
+                metadata,
+            } => self.handle(Input::Held {
+                name,
+                key_bits,
+                metadata,
+            }),
             StageEvent::Refused { name, reason } => {
                 // Whatever waits under that name already is not this key: its block is credited,
                 // and the driver drops it.

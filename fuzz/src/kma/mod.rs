@@ -23,7 +23,7 @@ use std::{
 
 use qkd_keyfile::{
     Entropy, Generation, KeyBits, KsaKeyId, Mono, Now, QkdKeyName, UnixTime,
-    metadata::SecurityLevel,
+    metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_kma::{
     Alarm, Input as KmaInput, Output, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
@@ -238,6 +238,7 @@ impl Network {
             KmaInput::Held {
                 name: name.clone(),
                 key_bits,
+                metadata: QkdKeyMetadata::new(name.id.clone()),
             },
         );
     }

@@ -62,6 +62,7 @@ pub(super) fn arrived(
         kma_key_id: relayed.kma_key.kma_key_id,
         composition: None,
         key: unit,
+        relayed: Some(&relayed),
     };
     if !store_unit(cx, new) {
         return send_back(cx, &header.route, header.segment);

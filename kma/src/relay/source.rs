@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use qkd_keyfile::{
     Entropy, KmaKeyId, Mono, NodeId, SegmentNumber,
-    metadata::{KeyType, SecurityLevel},
+    metadata::{KeyType, RelayedKeyMetadata, SecurityLevel},
 };
 use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
@@ -56,6 +56,8 @@ struct Departed {
     unit: KeyBuf,
     kma_key_id: KmaKeyId,
     level: SecurityLevel,
+    /// Of its first hop.
+    metadata: Option<RelayedKeyMetadata>,
     at: Mono,
 }
 
@@ -209,7 +211,7 @@ impl Source {
             route: &route,
             segment,
         };
-        let sent = unit::key_file(cx, metadata, unit.expose())
+        let sent = unit::key_file(cx, metadata.clone(), unit.expose())
             .ok_or(HopError::Memory)
             .and_then(|file| hop::send(cx, session, leg, file));
         if let Err(error) = sent {
@@ -224,6 +226,7 @@ impl Source {
             unit,
             kma_key_id,
             level: SecurityLevel::Any,
+            metadata: Some(metadata),
             at: cx.now.mono,
         };
         remote.on_the_way.insert(segment, departed);
@@ -269,6 +272,7 @@ impl Source {
             kma_key_id: departed.kma_key_id,
             composition: None,
             key: departed.unit.expose(),
+            relayed: departed.metadata.as_ref(),
         };
         if store_unit(cx, new) {
             release_again(cx, &stream, segment);

@@ -1,5 +1,9 @@
 //! Compaction: the journal grows with every use of a bit; what it adds up to does not.
 
+use std::collections::VecDeque;
+
+use qkd_keyfile::UnixTime;
+
 use super::{Store, ledger};
 use crate::{record::Record, vault::VaultError};
 
@@ -8,6 +12,9 @@ pub const JOURNAL_LIMIT_BYTES: u64 = 256 << 20;
 
 /// Bytes of the state in one record.
 const PART_BYTES: usize = 256 << 10;
+
+/// How segments in stock came about, at most, in one journal.
+const HISTORY_MAX_BYTES: usize = 64 << 20;
 
 impl Store {
     /// Replaces a journal longer than `limit_bytes` by what it adds up to, and says whether it did.
@@ -28,16 +35,64 @@ impl Store {
             Ok(bytes) => bytes,
             Err(error) => unreachable!("the state encodes into memory: {error}"),
         };
+        self.commit()?;
+        let history = self.live_history()?;
+        let schema = ledger::encode(&Record::Schema {
+            version: ledger::SCHEMA,
+        });
         let parts = state.chunks(PART_BYTES);
         let last = u32::try_from(parts.len() - 1).unwrap_or(u32::MAX);
-        let mut records = (0..=last).rev().zip(parts).map(|(more, part)| {
+        let snapshot = (0..=last).rev().zip(parts).map(|(more, part)| {
             let part = part.to_vec();
             ledger::encode(&Record::Snapshot { more, part })
         });
+        let mut records = std::iter::once(schema).chain(snapshot).chain(history);
         self.vault.compact(&mut records)?;
         self.staged_bytes = 0;
         self.compact_above_bytes = self.vault.journal_bytes().saturating_mul(2);
+        self.vault.prune_history(self.retention.history)?;
         Ok(true)
+    }
+
+    /// How the segments that are in stock came about: archives may be dropped before they are used.
+    /// The oldest are left to the archives where it would be too much.
+    fn live_history(&self) -> Result<VecDeque<Vec<u8>>, VaultError> {
+        let (mut kept, mut kept_bytes) = (VecDeque::new(), 0);
+        let mut now = UnixTime::default();
+        self.vault.reread(&mut |bytes| {
+            let (at, record) = match postcard::from_bytes(bytes) {
+                Ok(Record::Time { unix, .. }) => {
+                    now = unix;
+                    return;
+                }
+                Ok(Record::History { unix, record }) => (unix, *record),
+                Ok(record) => (now, record),
+                Err(_) => return,
+            };
+            let (Record::Stored {
+                stream, segment, ..
+            }
+            | Record::Described {
+                stream, segment, ..
+            }) = &record
+            else {
+                return;
+            };
+            if self.segment(stream, *segment).is_none() {
+                return;
+            }
+            let record = Record::History {
+                unix: at,
+                record: Box::new(record),
+            };
+            let bytes = ledger::encode(&record);
+            kept_bytes += bytes.len();
+            kept.push_back(bytes);
+            while kept_bytes > HISTORY_MAX_BYTES {
+                kept_bytes -= kept.pop_front().map_or(kept_bytes, |oldest| oldest.len());
+            }
+        })?;
+        Ok(kept)
     }
 }
 
@@ -92,6 +147,7 @@ mod tests {
                 kma_key_id: KmaKeyId([at; 16]),
                 composition: None,
                 key: &[at; 64],
+                relayed: None,
             };
             store.store(new).unwrap();
             let binding = |span| Binding {
@@ -130,7 +186,20 @@ mod tests {
         assert!(store.compact_if_large(before - 1).unwrap());
         let ledger = read_ledger(&disk.read("journal").unwrap()).unwrap();
         assert!(ledger.len() > 1, "more than one part");
-        assert!(ledger.iter().all(|r| matches!(r, Record::Snapshot { .. })));
+        let kept = |r: &Record| {
+            matches!(
+                r,
+                Record::Schema { .. } | Record::Snapshot { .. } | Record::History { .. }
+            )
+        };
+        assert!(ledger.iter().all(kept));
+        let history = ledger
+            .iter()
+            .filter(|r| matches!(r, Record::History { .. }));
+        assert_eq!(
+            history.count(),
+            store.state.streams.values().map(|s| s.segments.len()).sum()
+        );
         let state = store.state;
         assert_eq!(open(&disk).state, state);
         // What happens after it is added.

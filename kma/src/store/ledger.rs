@@ -9,7 +9,9 @@ use crate::{
 
 /// Version of the records. A journal with a record that this version cannot read is not opened: to
 /// pass over a use of bits would be to use them again.
-const VERSION: u32 = 1;
+pub(super) const SCHEMA: u32 = 2;
+
+const RECORDS: &str = "journal's records";
 
 pub(super) fn encode(record: &Record) -> Vec<u8> {
     match postcard::to_allocvec(record) {
@@ -20,33 +22,67 @@ pub(super) fn encode(record: &Record) -> Vec<u8> {
 
 /// What all records of a vault add up to.
 pub(super) fn fold(vault: &mut dyn Vault) -> Result<State, VaultError> {
-    let mut state = State::default();
-    let mut snapshot = Vec::new();
-    let mut complete = true;
-    let mut unreadable = false;
-    vault.replay(&mut |bytes| match postcard::from_bytes(bytes) {
-        Ok(Record::Snapshot { more, part }) => {
-            snapshot.extend(part);
-            complete = more == 0;
-            if complete {
-                let bytes = std::mem::take(&mut snapshot);
-                match postcard::from_bytes(&bytes) {
-                    Ok(whole) => state = whole,
-                    Err(_) => unreadable = true,
+    let mut folding = Folding::default();
+    vault.replay(&mut |bytes| {
+        folding.take(bytes);
+    })?;
+    folding.finish()
+}
+
+/// Records on their way to a [`State`].
+#[derive(Debug, Default)]
+pub(super) struct Folding {
+    state: State,
+    snapshot: Vec<u8>,
+    incomplete: bool,
+    /// Version of the first record that is newer than this program.
+    newer: Option<u32>,
+    /// Records that are none.
+    unreadable: u64,
+}
+
+impl Folding {
+    /// Takes the next record; gives it back, read, if it could be.
+    pub(super) fn take(&mut self, bytes: &[u8]) -> Option<Record> {
+        let Ok(record) = postcard::from_bytes(bytes) else {
+            self.unreadable += 1;
+            return None;
+        };
+        match &record {
+            Record::Schema { version } if *version > SCHEMA => {
+                self.newer.get_or_insert(*version);
+            }
+            Record::Snapshot { more, part } => {
+                self.snapshot.extend(part);
+                self.incomplete = *more != 0;
+                if !self.incomplete {
+                    match postcard::from_bytes(&std::mem::take(&mut self.snapshot)) {
+                        Ok(whole) => self.state = whole,
+                        Err(_) => self.unreadable += 1,
+                    }
                 }
             }
+            record => self.state.apply(record),
         }
-        Ok(record) => state.apply(&record),
-        Err(_) => unreadable = true,
-    })?;
-    if unreadable || !complete {
-        return Err(VaultError::NewerVersion {
-            file: "journal's records",
-            found: VERSION + 1,
-            known: VERSION,
-        });
+        Some(record)
     }
-    Ok(state)
+
+    pub(super) fn finish(self) -> Result<State, VaultError> {
+        if let Some(found) = self.newer {
+            return Err(VaultError::NewerVersion {
+                file: RECORDS,
+                found,
+                known: SCHEMA,
+            });
+        }
+        // What this version wrote, it reads.
+        if self.unreadable > 0 || self.incomplete {
+            return Err(VaultError::Unreadable {
+                records: self.unreadable.max(1),
+            });
+        }
+        Ok(self.state)
+    }
 }
 
 /// The ledger in a journal file, or in a copy of one, without opening the store: what a checker reads

@@ -9,6 +9,7 @@
 mod compact;
 mod follow;
 mod ledger;
+mod life;
 #[cfg(test)]
 mod model;
 mod read;
@@ -18,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use qkd_keyfile::{
     AppId, Composition, KmaKeyId, KsaKeyId, NodeId, QkdKeyName, SegmentNumber, StreamId,
-    metadata::{KeyType, SecurityLevel},
+    metadata::{KeyType, RelayedKeyMetadata, SecurityLevel},
 };
 use qkd_secmem::Pool;
 
@@ -32,10 +33,12 @@ use crate::{
 pub use compact::JOURNAL_LIMIT_BYTES;
 pub use follow::FollowError;
 pub use ledger::{LedgerError, read_ledger};
+pub use life::Retention;
 pub use read::ReadError;
 pub use take::Short;
 pub(crate) use take::{KeyOrder, KeyPlan};
 
+use life::{AgeClock, Received};
 use read::OpenRows;
 
 /// Journal bytes that are staged before a commit is brought forward: one commit takes only so many.
@@ -52,6 +55,11 @@ pub struct Store {
     failed: Option<VaultError>,
     /// The journal is not compacted again before it is this long.
     compact_above_bytes: u64,
+    retention: Retention,
+    clock: AgeClock,
+    received: Received,
+    /// Records that become durable with the next one that must be.
+    lazy: Vec<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -85,6 +93,8 @@ pub struct NewSegment<'a> {
     pub composition: Option<Composition>,
     /// The bytes to store.
     pub key: &'a [u8],
+    /// How it came here, if it was relayed.
+    pub relayed: Option<&'a RelayedKeyMetadata>,
 }
 
 impl Store {
@@ -104,7 +114,15 @@ impl Store {
             staged_bytes: 0,
             failed: None,
             compact_above_bytes: 0,
+            retention: Retention::default(),
+            clock: AgeClock::default(),
+            received: Received::default(),
+            lazy: Vec::new(),
         };
+        if store.state.schema != ledger::SCHEMA {
+            let version = ledger::SCHEMA;
+            store.record(Record::Schema { version });
+        }
         store.settle_rows()?;
         store.discard_unfinished();
         store.record(Record::Boot { boot });
@@ -117,7 +135,9 @@ impl Store {
     fn settle_rows(&mut self) -> Result<(), VaultError> {
         let streams = self.state.streams.values();
         let known: BTreeSet<RowId> = streams
-            .flat_map(|stream| stream.segments.values().map(|s| s.row))
+            .flat_map(|stream| stream.segments.values().filter(|s| !s.is_suspected))
+            .flat_map(Segment::rows)
+            .chain(self.state.preserved.keys().copied())
             .collect();
         for row in self.vault.rows()? {
             self.state.next_row = self.state.next_row.max(row.0 + 1);
@@ -155,16 +175,26 @@ impl Store {
         }
     }
 
-    /// Stages a record and applies it.
+    /// Stages a record and applies it; before it, the time and what has waited for it.
     fn record(&mut self, record: Record) {
-        let bytes = ledger::encode(&record);
-        self.vault.append(&bytes);
-        self.staged_bytes += bytes.len();
+        for bytes in std::mem::take(&mut self.lazy) {
+            self.stage(&bytes);
+        }
+        if let Some(time) = self.clock.news() {
+            self.stage(&ledger::encode(&time));
+            self.state.apply(&time);
+        }
+        self.stage(&ledger::encode(&record));
         self.state.apply(&record);
         for row in std::mem::take(&mut self.state.freed) {
             self.open_rows.close(row);
             self.vault.erase(row);
         }
+    }
+
+    fn stage(&mut self, bytes: &[u8]) {
+        self.vault.append(bytes);
+        self.staged_bytes += bytes.len();
     }
 
     /// Makes everything done since the last call durable.
@@ -219,6 +249,7 @@ impl Store {
                 .push(name.id);
         }
         for ((module_pair, generation), ids) in by_pair {
+            self.received.forget(&module_pair, generation, &ids);
             self.record(Record::QkdKeysUsed {
                 module_pair,
                 generation,
@@ -250,6 +281,13 @@ impl Store {
     pub(crate) fn store(&mut self, new: NewSegment<'_>) -> Result<(), VaultError> {
         let row = RowId(self.state.next_row);
         let seal = self.vault.put(row, new.key)?;
+        let described = match self.describe(&new, RowId(row.0 + 1)) {
+            Ok(described) => described,
+            Err(error) => {
+                self.vault.erase(row);
+                return Err(error);
+            }
+        };
         let len_bytes = u32::try_from(new.key.len()).expect("a segment fits a block of key memory");
         self.record(Record::Stored {
             stream: new.stream,
@@ -267,6 +305,9 @@ impl Store {
                 seal,
             },
         });
+        if let Some(described) = described {
+            self.record(described);
+        }
         Ok(())
     }
 
@@ -280,6 +321,7 @@ impl Store {
                 stream: stream.clone(),
                 segment,
             });
+            self.burn_suspected(stream, segment);
         }
         waits
     }
@@ -349,14 +391,6 @@ impl Store {
             source: source.clone(),
             key_id,
             application: application.clone(),
-        });
-    }
-
-    /// Forgets a segment, erasing its row.
-    pub(crate) fn close(&mut self, stream: &StreamId, segment: SegmentNumber) {
-        self.record(Record::Closed {
-            stream: stream.clone(),
-            segment,
         });
     }
 

@@ -235,6 +235,7 @@ impl Rig {
             .map(|at| (number * 31 + u64::from(at)).to_le_bytes()[0])
             .collect();
         let new = NewSegment {
+            relayed: None,
             stream: self.stream.clone(),
             number: SegmentNumber(number),
             stage: if confirmed {

@@ -241,6 +241,7 @@ impl LinkSync {
             kma_key_id: compared.kma_key_id,
             composition: Some(compared.composition.clone()),
             key: compared.bits.expose(),
+            relayed: None,
         });
         if let Err(error) = stored {
             tracing::error!(%error, "segment cannot be stored");

@@ -252,6 +252,15 @@ pub enum VaultError {
         /// Where in the file.
         offset: u64,
     },
+    /// The journal is whole, and its records are not of a version that this program knows, nor of one
+    /// that says which it is.
+    #[error(
+        "{records} records of the journal cannot be read: another version of this program wrote them"
+    )]
+    Unreadable {
+        /// How many.
+        records: u64,
+    },
     /// There is no usable key-encryption key.
     #[error(transparent)]
     Kek(#[from] KekError),
@@ -316,6 +325,7 @@ impl VaultError {
             | Self::OtherKind { .. }
             | Self::OtherStore { .. }
             | Self::Missing { .. }
+            | Self::Unreadable { .. }
             | Self::Kek(_)
             | Self::WrongKek
             | Self::Full { .. }

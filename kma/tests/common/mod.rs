@@ -19,7 +19,8 @@ use std::{
 use qkd_kernels::Backend;
 use qkd_keyfile::{
     AppId, Entropy, Generation, KeyBits, KsaKeyId, ModulePairId, Mono, NodeId, Now, QkdKeyName,
-    UnixTime, metadata::SecurityLevel,
+    UnixTime,
+    metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_kma::{
     Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, Output, Record, RemoteConfig,
@@ -336,6 +337,7 @@ impl Network {
             Input::Held {
                 name: name.clone(),
                 key_bits,
+                metadata: QkdKeyMetadata::new(name.id.clone()),
             },
         );
     }
