@@ -47,11 +47,11 @@ pub struct HealthStats {
 /// It holds two bytes of the stream; they are wiped on drop and never printed.
 pub struct HealthState {
     started: bool,
-    last_byte: u8,
+    pub(crate) last_byte: u8,
     /// How many bits in a row up to the end equal the one before them; 63 stands for more, too.
-    equal_bits: u32,
+    pub(crate) equal_bits: u32,
     /// How many bytes in a row up to the end equal the one before them; 7 stands for more, too.
-    equal_bytes: u32,
+    pub(crate) equal_bytes: u32,
     /// How much of the present window of bytes is over; below [`WINDOW`].
     window_bytes: usize,
     first_byte: u8,
@@ -104,6 +104,22 @@ impl core::fmt::Debug for HealthState {
 /// Inlined into the x86 backends as well, where the compiler turns it into wider instructions.
 #[inline(always)]
 pub(crate) fn health(state: &mut HealthState, data: &[u8]) -> HealthStats {
+    health_by(state, data, |state, windows, stats| {
+        let mut words = Words::new();
+        for window in windows {
+            state.whole_window(window, &mut words, stats);
+        }
+        words.wipe();
+    })
+}
+
+/// [`health`], with another way to go over whole windows (at least one).
+#[inline(always)]
+pub(crate) fn health_by(
+    state: &mut HealthState,
+    data: &[u8],
+    whole_windows: impl FnOnce(&mut HealthState, &[[u8; WINDOW]], &mut HealthStats),
+) -> HealthStats {
     let mut stats = HealthStats::default();
     let Some(first) = data.first() else {
         return stats;
@@ -118,11 +134,7 @@ pub(crate) fn health(state: &mut HealthState, data: &[u8]) -> HealthStats {
     state.part_of_window(head, &mut stats);
     let (windows, tail) = data.as_chunks();
     if !windows.is_empty() {
-        let mut words = Words::new();
-        for window in windows {
-            state.whole_window(window, &mut words, &mut stats);
-        }
-        words.wipe();
+        whole_windows(state, windows, &mut stats);
     }
     state.part_of_window(tail, &mut stats);
     stats
@@ -213,19 +225,7 @@ impl HealthState {
         stats.bits_repeat |= bits_repeat != 0;
         stats.bytes_repeat |= bytes_repeat != 0;
 
-        let ones_of_windows = count_ones(bytes);
-        for (window, ones) in bytes
-            .as_chunks::<BIT_WINDOW>()
-            .0
-            .iter()
-            .zip(ones_of_windows)
-        {
-            let zeros = u64::from(PROPORTION_WINDOW_BITS) - ones;
-            let one_first = first_bit(u64::from(window[0]) << 56);
-            let same = ones & one_first | zeros & !one_first;
-            stats.ones += ones;
-            stats.most_same_bits = stats.most_same_bits.max(same);
-        }
+        stats.add_ones(bytes, count_ones(bytes));
 
         // Counted in lanes of one byte each, which cannot overflow, and added up at the end.
         let mut same = [0_u8; 64];
@@ -240,6 +240,21 @@ impl HealthState {
         self.equal_bits = equal_bits(bits[WORDS]);
         self.equal_bytes = equal_bytes(changed_bytes[WORDS]);
         self.last_byte = bytes[WINDOW - 1];
+    }
+}
+
+impl HealthStats {
+    /// The ones of the four windows of bits in a window of bytes.
+    #[inline(always)]
+    pub(crate) fn add_ones(&mut self, bytes: &[u8; WINDOW], ones_of_windows: [u64; 4]) {
+        let windows = bytes.as_chunks::<BIT_WINDOW>().0;
+        for (window, ones) in windows.iter().zip(ones_of_windows) {
+            let zeros = u64::from(PROPORTION_WINDOW_BITS) - ones;
+            let one_first = first_bit(u64::from(window[0]) << 56);
+            let same = ones & one_first | zeros & !one_first;
+            self.ones += ones;
+            self.most_same_bits = self.most_same_bits.max(same);
+        }
     }
 }
 
@@ -284,8 +299,13 @@ fn count_ones(bytes: &[u8; WINDOW]) -> [u64; 4] {
             }
         }
     }
-    let sum: u64 = lanes.iter().sum();
-    [0, 16, 32, 48].map(|shift| sum >> shift & 0xFFFF)
+    of_windows(lanes.iter().sum())
+}
+
+/// Four sums of 16 bits each, the first at the low end.
+#[inline(always)]
+pub(crate) fn of_windows(sums: u64) -> [u64; 4] {
+    [0, 16, 32, 48].map(|shift| sums >> shift & 0xFFFF)
 }
 
 /// A one for each bit of `word` that differs from the bit `by` places before it; `before` is the
@@ -309,19 +329,19 @@ fn zeros_at_end(word: u64) -> u64 {
 
 /// [`HealthState::equal_bits`] after a word of changes.
 #[inline(always)]
-fn equal_bits(changed: u64) -> u32 {
+pub(crate) fn equal_bits(changed: u64) -> u32 {
     changed.trailing_zeros().min(REPETITION_BITS - 2)
 }
 
 /// [`HealthState::equal_bytes`] after a word of changes.
 #[inline(always)]
-fn equal_bytes(changed: u64) -> u32 {
+pub(crate) fn equal_bytes(changed: u64) -> u32 {
     (changed.trailing_zeros() / 8).min(REPETITION_BYTES - 2)
 }
 
 /// A mask of the lowest `bits`, at most 64.
 #[inline(always)]
-fn lowest(bits: u32) -> u64 {
+pub(crate) fn lowest(bits: u32) -> u64 {
     u64::MAX.checked_shr(64 - bits).unwrap_or(0)
 }
 
@@ -344,7 +364,7 @@ fn first_bit(word: u64) -> u64 {
 
 const TOP_BITS: u64 = 0x8080_8080_8080_8080;
 /// Bytes in a window of bytes.
-const WINDOW: usize = PROPORTION_WINDOW_BYTES as usize;
+pub(crate) const WINDOW: usize = PROPORTION_WINDOW_BYTES as usize;
 const WORDS: usize = WINDOW / 8;
 /// Bytes in a window of bits.
-const BIT_WINDOW: usize = PROPORTION_WINDOW_BITS as usize / 8;
+pub(crate) const BIT_WINDOW: usize = PROPORTION_WINDOW_BITS as usize / 8;

@@ -39,7 +39,7 @@ impl TagKey {
             Kind::Avx2 | Kind::ShaNi | Kind::Avx512 => {
                 let mut powers = Powers::zero();
                 // SAFETY:
-                // - These kinds exist only where `Backend::avx2` found PCLMULQDQ.
+                // - `Kind::Avx512` exists only where `Backend::avx2` found PCLMULQDQ.
                 unsafe { clmul::fill_powers(&mut powers, h) };
                 Hasher::Powers(powers)
             }
@@ -55,15 +55,20 @@ impl TagKey {
                 let mut hasher = fresh.clone();
                 hasher.update_padded(aad);
                 hasher.update_padded(text);
-                hasher.update_padded(&lengths(aad, text));
+                hasher.update_padded(&lengths(aad, text).to_le_bytes());
                 hasher.finalize().into()
             }
             #[cfg(target_arch = "x86_64")]
-            Hasher::Powers(powers) => {
-                let sum = self.absorb(powers, 0, aad);
-                let sum = self.absorb(powers, sum, text);
-                self.absorb(powers, sum, &lengths(aad, text)).to_le_bytes()
+            Hasher::Powers(powers) => match self.backend.kind() {
+                // SAFETY:
+                // - `Kind::Avx512` exists only where `Backend::avx512` found AVX-512 F, BW and VL, and
+                //   VPCLMULQDQ.
+                Kind::Avx512 => unsafe { vpclmul::tag(powers, aad, text) },
+                // SAFETY:
+                // - A `Hasher::Powers` exists only where `Backend::avx2` found PCLMULQDQ.
+                _ => unsafe { clmul::tag(powers, aad, text) },
             }
+            .to_le_bytes(),
         }
     }
 
@@ -84,19 +89,15 @@ impl TagKey {
                 self.tag(aad, data)
             }
             #[cfg(target_arch = "x86_64")]
-            Hasher::Powers(powers) => {
-                let sum = self.absorb(powers, 0, aad);
-                let sum = match self.backend.kind() {
-                    // SAFETY:
-                    // - `Kind::Avx512` exists only where `Backend::avx512` found AVX-512 F, BW
-                    //   and VL, and VPCLMULQDQ.
-                    Kind::Avx512 => unsafe { vpclmul::encrypt(powers, sum, data, pad) },
-                    // SAFETY:
-                    // - A `Hasher::Powers` exists only where `Backend::avx2` found PCLMULQDQ.
-                    _ => unsafe { clmul::encrypt(powers, sum, data, pad) },
-                };
-                self.absorb(powers, sum, &lengths(aad, data)).to_le_bytes()
+            Hasher::Powers(powers) => match self.backend.kind() {
+                // SAFETY:
+                // - As in `tag`.
+                Kind::Avx512 => unsafe { vpclmul::encrypt(powers, aad, data, pad) },
+                // SAFETY:
+                // - As in `tag`.
+                _ => unsafe { clmul::encrypt(powers, aad, data, pad) },
             }
+            .to_le_bytes(),
         }
     }
 
@@ -119,34 +120,64 @@ impl TagKey {
                 tag
             }
             #[cfg(target_arch = "x86_64")]
-            Hasher::Powers(powers) => {
-                let sum = self.absorb(powers, 0, aad);
-                let sum = match self.backend.kind() {
-                    // SAFETY:
-                    // - As in `encrypt_and_tag`.
-                    Kind::Avx512 => unsafe { vpclmul::encrypt_and_wipe(powers, sum, data, pad) },
-                    // SAFETY:
-                    // - As in `encrypt_and_tag`.
-                    _ => unsafe { clmul::encrypt_and_wipe(powers, sum, data, pad) },
-                };
-                self.absorb(powers, sum, &lengths(aad, data)).to_le_bytes()
+            Hasher::Powers(powers) => match self.backend.kind() {
+                // SAFETY:
+                // - As in `tag`.
+                Kind::Avx512 => unsafe {
+                    vpclmul::encrypt_and_wipe::<false>(powers, aad, data, pad, &mut [])
+                },
+                // SAFETY:
+                // - As in `tag`.
+                _ => unsafe { clmul::encrypt_and_wipe(powers, aad, data, pad) },
             }
+            .to_le_bytes(),
         }
     }
 
-    /// POLYVAL goes on over `bytes`, padded with zeros to whole blocks.
-    #[cfg(target_arch = "x86_64")]
-    fn absorb(&self, powers: &Powers, sum: u128, bytes: &[u8]) -> u128 {
-        match self.backend.kind() {
-            // SAFETY:
-            // - As in `encrypt_and_tag`.
-            Kind::Avx512 => unsafe { vpclmul::absorb(powers, sum, bytes) },
-            // SAFETY:
-            // - As in `encrypt_and_tag`.
-            _ => unsafe { clmul::absorb(powers, sum, bytes) },
+    /// What a relay node that only changes the pad does, in one pass: `data ^= old ^ new`, the tag
+    /// over `aad` and the new `data`, and both pads wiped. The key in between is never written
+    /// anywhere.
+    ///
+    /// The tag that `data` came with is verified before, by [`TagKey::tag`].
+    ///
+    /// # Panics
+    ///
+    /// If `data` and the pads differ in length.
+    pub fn reencrypt_tag_and_wipe(
+        &self,
+        aad: &[u8],
+        data: &mut [u8],
+        old: &mut [u8],
+        new: &mut [u8],
+    ) -> [u8; 16] {
+        assert_eq!(
+            (data.len(), data.len()),
+            (old.len(), new.len()),
+            "a one-time pad is as long as the data"
+        );
+        match &self.hasher {
+            #[cfg(target_arch = "x86_64")]
+            Hasher::Powers(powers) if matches!(self.backend.kind(), Kind::Avx512) => {
+                // SAFETY:
+                // - As in `tag`.
+                unsafe { vpclmul::encrypt_and_wipe::<true>(powers, aad, data, old, new) }
+                    .to_le_bytes()
+            }
+            _ => {
+                // The pads are joined, not the data and one of them: what is written in between is
+                // no key.
+                for (old, new) in old.chunks_mut(STEP_BYTES).zip(new.chunks(STEP_BYTES)) {
+                    self.backend.xor_in_place(old, new);
+                }
+                wipe(new);
+                self.encrypt_tag_and_wipe(aad, data, old)
+            }
         }
     }
 }
+
+/// What fits the first-level cache several times over.
+const STEP_BYTES: usize = 4 << 10;
 
 impl std::fmt::Debug for TagKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -154,7 +185,9 @@ impl std::fmt::Debug for TagKey {
     }
 }
 
-fn lengths(aad: &[u8], text: &[u8]) -> [u8; 16] {
+/// The last block of a tag's message: both lengths in bits, as a number from its lowest byte on.
+#[inline]
+pub(crate) fn lengths(aad: &[u8], text: &[u8]) -> u128 {
     let bits = |bytes: &[u8]| u128::from((bytes.len() as u64).wrapping_mul(8));
-    (bits(aad) | bits(text) << 64).to_le_bytes()
+    bits(aad) | bits(text) << 64
 }

@@ -62,12 +62,14 @@ fn published_vectors_hold_in_every_lane() {
 }
 
 #[test]
-fn every_unit_length_agrees_with_sha2() {
-    let data = bytes(300 * 18 + 3, 1);
+fn every_unit_length_and_alignment_agrees_with_sha2() {
+    let data = bytes(300 * 18 + 64, 1);
     for backend in Backend::all() {
-        for unit_bytes in 1..=300 {
-            // 18 units: sixteen lanes and a pair.
-            check(backend, &data[3..][..unit_bytes * 18], unit_bytes);
+        for offset in [0, 1, 3, 8, 17, 31, 32, 63] {
+            for unit_bytes in 1..=300 {
+                // 18 units: sixteen lanes and a pair.
+                check(backend, &data[offset..][..unit_bytes * 18], unit_bytes);
+            }
         }
     }
 }

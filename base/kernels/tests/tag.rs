@@ -67,6 +67,20 @@ fn check(backend: Backend, h: &[u8; 16], aad: &[u8], text: &[u8], pad: &[u8]) {
     );
 
     assert_eq!(key.tag(aad, &data), tag);
+
+    // A relay takes the first pad off and puts another on.
+    let (mut old, mut new) = (pad.to_vec(), bytes(pad.len(), 5));
+    let again: Vec<_> = text.iter().zip(&new).map(|(t, n)| t ^ n).collect();
+    let mut relayed = data.clone();
+    let tag = key.reencrypt_tag_and_wipe(aad, &mut relayed, &mut old, &mut new);
+    assert_eq!(
+        (tag, relayed),
+        (oracle(h, aad, &again), again),
+        "{}: re-encrypt",
+        backend.name()
+    );
+    assert!(old.iter().chain(&new).all(|&b| b == 0));
+
     backend.xor_in_place(&mut data, pad);
     assert_eq!(data, text);
 }
@@ -121,16 +135,12 @@ fn every_length_and_alignment_agrees_with_polyval() {
     let (text, pad) = (bytes(1700, 3), bytes(1700, 77));
     let h = unhex("25629347589242761d31f826ba4b757b");
     for backend in Backend::all() {
-        for len in (0..=300).chain(500..=530).chain(1000..=1100) {
-            let offset = len % 67;
-            let aad = &text[5..5 + len % 41];
-            check(
-                backend,
-                &h,
-                aad,
-                &text[offset..][..len],
-                &pad[offset / 2..][..len],
-            );
+        for len in (0..=300).chain(480..=530).chain(1000..=1100) {
+            for offset in [0, 1, 8, 15, 16, 33, 63] {
+                let aad = &text[5..5 + (len + offset) % 41];
+                let (text, pad) = (&text[offset..][..len], &pad[64 - offset..][..len]);
+                check(backend, &h, aad, text, pad);
+            }
         }
     }
 }
@@ -163,6 +173,17 @@ fn short_pad_is_refused() {
     Backend::detect()
         .tag_key(&[1; 16])
         .encrypt_and_tag(b"", &mut [0; 32], &[0; 31]);
+}
+
+#[test]
+#[should_panic(expected = "a one-time pad is as long as the data")]
+fn short_new_pad_is_refused() {
+    Backend::detect().tag_key(&[1; 16]).reencrypt_tag_and_wipe(
+        b"",
+        &mut [0; 32],
+        &mut [0; 32],
+        &mut [0; 31],
+    );
 }
 
 #[test]

@@ -8,25 +8,30 @@ use core::arch::x86_64::{
     _mm_shuffle_epi32, _mm_slli_si128, _mm_srli_si128, _mm_storeu_si128, _mm_xor_si128,
 };
 
-use super::powers::{POWERS, Powers};
-use crate::{portable, wipe};
+use super::powers::Powers;
+use crate::{portable, tag::lengths, wipe};
 
 /// Blocks to a reduction.
 const BLOCKS: usize = 8;
 
-/// Each power from two of about half its size, so that the chain of dependent products is short.
 #[target_feature(enable = "avx2,pclmulqdq")]
 pub(crate) fn fill_powers(powers: &mut Powers, h: &[u8; 16]) {
-    powers.0[POWERS - 1] = *h;
-    for n in 2..=POWERS {
-        let (a, b) = (&powers.0[POWERS - n / 2], &powers.0[POWERS - n.div_ceil(2)]);
-        let power = dot(load(a), load(b));
-        store(&mut powers.0[POWERS - n], power);
-    }
+    powers.fill(h, |a, b| {
+        let mut power = [0; 16];
+        store(&mut power, dot(load(a), load(b)));
+        power
+    });
 }
 
 #[target_feature(enable = "avx2,pclmulqdq")]
-pub(crate) fn absorb(powers: &Powers, sum: u128, bytes: &[u8]) -> u128 {
+pub(crate) fn tag(powers: &Powers, aad: &[u8], text: &[u8]) -> u128 {
+    let sum = absorb(powers, 0, aad);
+    let sum = absorb(powers, sum, text);
+    absorb(powers, sum, &lengths(aad, text).to_le_bytes())
+}
+
+#[target_feature(enable = "avx2,pclmulqdq")]
+fn absorb(powers: &Powers, sum: u128, bytes: &[u8]) -> u128 {
     let (blocks, tail) = bytes.as_chunks();
     let (groups, rest) = blocks.as_chunks::<BLOCKS>();
     let mut sum = from_u128(sum);
@@ -46,34 +51,38 @@ pub(crate) fn absorb(powers: &Powers, sum: u128, bytes: &[u8]) -> u128 {
 }
 
 #[target_feature(enable = "avx2,pclmulqdq")]
-pub(crate) fn encrypt(powers: &Powers, mut sum: u128, data: &mut [u8], pad: &[u8]) -> u128 {
+pub(crate) fn encrypt(powers: &Powers, aad: &[u8], data: &mut [u8], pad: &[u8]) -> u128 {
+    let mut sum = absorb(powers, 0, aad);
+    let lengths = lengths(aad, data);
     for (data, pad) in data.chunks_mut(STEP_BYTES).zip(pad.chunks(STEP_BYTES)) {
         portable::xor_in_place(data, pad);
         sum = absorb(powers, sum, data);
     }
-    sum
+    absorb(powers, sum, &lengths.to_le_bytes())
 }
 
 #[target_feature(enable = "avx2,pclmulqdq")]
 pub(crate) fn encrypt_and_wipe(
     powers: &Powers,
-    mut sum: u128,
+    aad: &[u8],
     data: &mut [u8],
     pad: &mut [u8],
 ) -> u128 {
+    let mut sum = absorb(powers, 0, aad);
+    let lengths = lengths(aad, data);
     for (data, pad) in data.chunks_mut(STEP_BYTES).zip(pad.chunks_mut(STEP_BYTES)) {
         portable::xor_in_place(data, pad);
         wipe(pad);
         sum = absorb(powers, sum, data);
     }
-    sum
+    absorb(powers, sum, &lengths.to_le_bytes())
 }
 
 /// One pass in steps that stay in the first-level cache; whole blocks, so that only the last step
 /// is padded.
 const STEP_BYTES: usize = 4 << 10;
 
-/// `sum` goes on over at least 1 and at most [`POWERS`] blocks.
+/// `sum` goes on over at least 1 and at most `POWERS` blocks.
 #[inline]
 #[target_feature(enable = "avx2,pclmulqdq")]
 fn fold(powers: &Powers, sum: __m128i, blocks: &[[u8; 16]]) -> __m128i {

@@ -8,6 +8,25 @@ pub(crate) mod sha_ni;
 pub(crate) mod vpclmul;
 pub(crate) mod xor;
 
+/// The schedule of a block that is known (FIPS 180-4, 6.2.2, step 1), with the constants added.
+fn schedule_of(block: &[u32; 16]) -> [u32; 64] {
+    let mut w = [0_u32; 64];
+    w[..16].copy_from_slice(block);
+    for t in 16..64 {
+        let (w2, w15) = (w[t - 2], w[t - 15]);
+        let sigma1 = w2.rotate_right(17) ^ w2.rotate_right(19) ^ (w2 >> 10);
+        let sigma0 = w15.rotate_right(7) ^ w15.rotate_right(18) ^ (w15 >> 3);
+        w[t] = sigma1
+            .wrapping_add(w[t - 7])
+            .wrapping_add(sigma0)
+            .wrapping_add(w[t - 16]);
+    }
+    for (w, k) in w.iter_mut().zip(K) {
+        *w = w.wrapping_add(k);
+    }
+    w
+}
+
 /// The constants of SHA-256 (FIPS 180-4, 4.2.2).
 #[rustfmt::skip]
 const K: [u32; 64] = [

@@ -2,13 +2,13 @@
 
 use core::arch::x86_64::{
     __m256i, __m512i, _mm_set_epi64x, _mm256_storeu_si256, _mm512_add_epi32,
-    _mm512_broadcast_i32x4, _mm512_castsi512_si256, _mm512_or_si512, _mm512_ror_epi32,
-    _mm512_set1_epi32, _mm512_setzero_si512, _mm512_shuffle_epi8, _mm512_shuffle_i32x4,
-    _mm512_srli_epi32, _mm512_ternarylogic_epi32, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_broadcast_i32x4, _mm512_castsi512_si256, _mm512_or_si512, _mm512_permutex2var_epi64,
+    _mm512_ror_epi32, _mm512_set_epi64, _mm512_set1_epi32, _mm512_setzero_si512,
+    _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_srli_epi32, _mm512_ternarylogic_epi32,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
-use super::vpclmul::load_part;
+use super::vpclmul::{load, load_part, store as store_vector};
 use super::{K, sha_ni};
 use crate::portable::{INITIAL_STATE, LastBlocks};
 
@@ -27,6 +27,13 @@ pub(crate) fn sha256_units(data: &[u8], unit_bytes: usize, out: &mut [[u8; 32]])
     };
     let (data, rest) = data.split_at(in_lanes * unit_bytes);
     let (out, rest_out) = out.split_at_mut(in_lanes);
+    let in_pairs_of_units = if unit_bytes == 32 { whole } else { 0 };
+    let (short_data, data) = data.split_at(in_pairs_of_units * 32);
+    let (short_out, out) = out.split_at_mut(in_pairs_of_units);
+    let short_units = short_data.as_chunks::<{ 32 * LANES }>().0;
+    for (units, digests) in short_units.iter().zip(short_out.as_chunks_mut().0) {
+        digest_32(units, digests);
+    }
     if !out.is_empty() {
         let end = End::new(unit_bytes);
         for (units, digests) in data.chunks(LANES * unit_bytes).zip(out.chunks_mut(LANES)) {
@@ -38,10 +45,29 @@ pub(crate) fn sha256_units(data: &[u8], unit_bytes: usize, out: &mut [[u8; 32]])
     }
 }
 
+/// Sixteen rounds. A macro, and unrolled by hand: the words stay in registers only if every index is
+/// a constant and nothing is a call.
+macro_rules! rounds {
+    ($state:expr, $w:expr, $k:expr) => {
+        rounds!($state, $w, $k, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    };
+    ($state:expr, $w:expr, $k:expr, $($t:literal)*) => {
+        $( round::<$t>($state, $w[$t], $k[$t]); )*
+    };
+}
+
+/// The next sixteen words of the schedule, in the same way.
+macro_rules! schedule {
+    ($w:expr) => { schedule!($w, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    ($w:expr, $($t:literal)*) => { $( $w[$t] = next_word::<$t>(&$w); )* };
+}
+
 /// The padding of messages of one length, as words for all lanes.
 struct End {
     blocks: [[u32; 16]; 2],
     len: usize,
+    /// For messages of whole blocks: the schedule of the padding, constants added.
+    schedule: Option<[u32; 64]>,
 }
 
 impl End {
@@ -54,9 +80,11 @@ impl End {
                 *word = u32::from_be_bytes(*bytes);
             }
         }
+        let whole_blocks = unit_bytes.is_multiple_of(64);
         Self {
             blocks,
             len: padding.len(),
+            schedule: whole_blocks.then(|| super::schedule_of(&blocks[0])),
         }
     }
 }
@@ -78,7 +106,11 @@ fn digest(units: &[u8], unit_bytes: usize, end: &End, out: &mut [[u8; 32]]) {
         }
         compress(&mut state, message_words(rows));
     }
-    for (index, padding) in end.blocks[..end.len].iter().enumerate() {
+    if let Some(schedule) = &end.schedule {
+        compress_known(&mut state, schedule);
+    }
+    let padded = if end.schedule.is_some() { 0 } else { end.len };
+    for (index, padding) in end.blocks[..padded].iter().enumerate() {
         let mut w = splat(padding);
         if index == 0 && tail_at < unit_bytes {
             let mut rows = zeros();
@@ -98,18 +130,91 @@ fn digest(units: &[u8], unit_bytes: usize, end: &End, out: &mut [[u8; 32]]) {
     }
 }
 
+/// The digests of sixteen messages of 32 bytes: one block each, half of which is known.
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl")]
+fn digest_32(units: &[u8; 32 * LANES], out: &mut [[u8; 32]; LANES]) {
+    let mut w = zeros();
+    w[..8].copy_from_slice(&words_of_pairs(units));
+    // Known to the compiler: what the schedule does with them alone costs nothing.
+    [w[8], w[15]] = [_mm512_set1_epi32(i32::MIN), _mm512_set1_epi32(256)];
+    let mut state = splat(&INITIAL_STATE);
+    let (first, later) = K
+        .split_first_chunk::<16>()
+        .unwrap_or_else(|| unreachable!());
+    let (second, later) = later
+        .split_first_chunk::<16>()
+        .unwrap_or_else(|| unreachable!());
+    rounds!(&mut state, w, first);
+    schedule!(w);
+    rounds!(&mut state, w, second);
+    for k in later.as_chunks::<16>().0 {
+        schedule!(w);
+        rounds!(&mut state, w, k);
+    }
+    for (state, before) in state.iter_mut().zip(splat(&INITIAL_STATE)) {
+        *state = _mm512_add_epi32(*state, before);
+    }
+    store_pairs(out, state);
+}
+
+/// The words of sixteen messages of 32 bytes, two of which are in a register when they come. The
+/// lanes are in the order 0 2 4 6, 1 3 5 7, and eight more.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn words_of_pairs(units: &[u8; 32 * LANES]) -> [__m512i; 8] {
+    let mut rows = [_mm512_setzero_si512(); 8];
+    for (row, pair) in rows.iter_mut().zip(units.as_chunks().0) {
+        *row = swap_bytes(load(pair));
+    }
+    let low = transpose_quads([rows[0], rows[1], rows[2], rows[3]]);
+    let high = transpose_quads([rows[4], rows[5], rows[6], rows[7]]);
+    let mut words = [_mm512_setzero_si512(); 8];
+    for c in 0..4 {
+        words[c] = _mm512_shuffle_i32x4::<0x88>(low[c], high[c]);
+        words[4 + c] = _mm512_shuffle_i32x4::<0xDD>(low[c], high[c]);
+    }
+    words
+}
+
+/// The way back from the order of [`words_of_pairs`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn store_pairs(out: &mut [[u8; 32]; LANES], state: [__m512i; 8]) {
+    let front = transpose_quads([state[0], state[1], state[2], state[3]]);
+    let back = transpose_quads([state[4], state[5], state[6], state[7]]);
+    let (first, second) = out.as_flattened_mut().split_at_mut(16 * LANES);
+    let (first, second) = (first.as_chunks_mut().0, second.as_chunks_mut().0);
+    let of_first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+    let of_second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    for j in 0..4 {
+        let pair = _mm512_permutex2var_epi64(front[j], of_first, back[j]);
+        store_vector(&mut first[j], swap_bytes(pair));
+        let pair = _mm512_permutex2var_epi64(front[j], of_second, back[j]);
+        store_vector(&mut second[j], swap_bytes(pair));
+    }
+}
+
+/// A block whose schedule is the same for all lanes and known.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn compress_known(state: &mut [__m512i; 8], schedule: &[u32; 64]) {
+    let before = *state;
+    for wk in schedule.as_chunks::<16>().0 {
+        rounds!(state, zeros(), wk);
+    }
+    for (state, before) in state.iter_mut().zip(before) {
+        *state = _mm512_add_epi32(*state, before);
+    }
+}
+
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn compress(state: &mut [__m512i; 8], mut w: [__m512i; 16]) {
     let before = *state;
     for (sixteen, k) in K.as_chunks::<16>().0.iter().enumerate() {
         if sixteen > 0 {
-            // Unrolled by hand: the words stay in registers only if every index is a constant.
-            macro_rules! schedule { ($($t:literal)*) => { $( w[$t] = next_word::<$t>(&w); )* } }
-            schedule!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+            schedule!(w);
         }
-        macro_rules! rounds { ($($t:literal)*) => { $( round::<$t>(state, w[$t], k[$t]); )* } }
-        rounds!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+        rounds!(state, w, k);
     }
     for (state, before) in state.iter_mut().zip(before) {
         *state = _mm512_add_epi32(*state, before);
@@ -176,16 +281,7 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     // `4 * g + 3`.
     let mut quads = [[_mm512_setzero_si512(); 4]; 4];
     for (quad, rows) in quads.iter_mut().zip(rows.as_chunks::<4>().0) {
-        let low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
-        let high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
-        let low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
-        let high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-        *quad = [
-            _mm512_unpacklo_epi64(low01, low23),
-            _mm512_unpackhi_epi64(low01, low23),
-            _mm512_unpacklo_epi64(high01, high23),
-            _mm512_unpackhi_epi64(high01, high23),
-        ];
+        *quad = transpose_quads(*rows);
     }
     let mut columns = zeros();
     for c in 0..4 {
@@ -199,6 +295,22 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
         columns[12 + c] = _mm512_shuffle_i32x4::<0xDD>(third, fourth);
     }
     columns
+}
+
+/// Transposes the 4 by 4 matrix of words in each of the four 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn transpose_quads(rows: [__m512i; 4]) -> [__m512i; 4] {
+    let low01 = _mm512_unpacklo_epi32(rows[0], rows[1]);
+    let high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    let low23 = _mm512_unpacklo_epi32(rows[2], rows[3]);
+    let high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    [
+        _mm512_unpacklo_epi64(low01, low23),
+        _mm512_unpackhi_epi64(low01, low23),
+        _mm512_unpacklo_epi64(high01, high23),
+        _mm512_unpackhi_epi64(high01, high23),
+    ]
 }
 
 #[inline]

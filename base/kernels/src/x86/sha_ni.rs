@@ -8,7 +8,7 @@ use core::arch::x86_64::{
     _mm_shuffle_epi8, _mm_shuffle_epi32, _mm_storeu_si128,
 };
 
-use super::K;
+use super::{K, schedule_of};
 use crate::portable::{self, INITIAL_STATE, LastBlocks};
 
 #[target_feature(enable = "avx2,sha")]
@@ -17,30 +17,46 @@ pub(crate) fn sha256_units(data: &[u8], unit_bytes: usize, out: &mut [[u8; 32]])
     let (paired, rest) = data.split_at(2 * pairs.len() * unit_bytes);
     if !pairs.is_empty() {
         let mut last = [LastBlocks::new(unit_bytes), LastBlocks::new(unit_bytes)];
+        let known = unit_bytes.is_multiple_of(64).then(|| {
+            let mut words = [0; 16];
+            for (word, bytes) in words
+                .iter_mut()
+                .zip(last[0].with_tail(&[])[0].as_chunks().0)
+            {
+                *word = u32::from_be_bytes(*bytes);
+            }
+            schedule_of(&words)
+        });
         for (units, digests) in paired.chunks(2 * unit_bytes).zip(pairs) {
-            *digests = digest(units.split_at(unit_bytes).into(), &mut last);
+            let units = units.split_at(unit_bytes).into();
+            *digests = digest(units, &mut last, known.as_ref());
         }
     }
     // With nothing to run in its shadow, one message is as fast in `sha2`.
     portable::sha256_units(rest, unit_bytes, single);
 }
 
-/// The digests of two messages of one length.
+/// The digests of two messages of one length; `known` is the schedule of their padding, where that
+/// is a block of its own.
 #[inline]
 #[target_feature(enable = "avx2,sha")]
-fn digest(units: [&[u8]; 2], last: &mut [LastBlocks; 2]) -> [[u8; 32]; 2] {
+fn digest(
+    units: [&[u8]; 2],
+    last: &mut [LastBlocks; 2],
+    known: Option<&[u32; 64]>,
+) -> [[u8; 32]; 2] {
     let mut state = [State::initial(); 2];
     let [(blocks_a, tail_a), (blocks_b, tail_b)] = units.map(<[u8]>::as_chunks);
     for (a, b) in blocks_a.iter().zip(blocks_b) {
         compress(&mut state, [a, b]);
     }
-    let [last_a, last_b] = last;
-    for (a, b) in last_a
-        .with_tail(tail_a)
-        .iter()
-        .zip(last_b.with_tail(tail_b))
-    {
-        compress(&mut state, [a, b]);
+    if let Some(schedule) = known {
+        compress_known(&mut state, schedule);
+    } else {
+        let [a, b] = last;
+        for (a, b) in a.with_tail(tail_a).iter().zip(b.with_tail(tail_b)) {
+            compress(&mut state, [a, b]);
+        }
     }
     let [a, b] = state;
     [a.to_digest(), b.to_digest()]
@@ -109,6 +125,23 @@ fn compress(state: &mut [State; 2], blocks: [&[u8; 64]; 2]) {
                 }
                 state.four_rounds(_mm_add_epi32(w[step], k));
             }
+        }
+    }
+    for (state, before) in state.iter_mut().zip(before) {
+        state.abef = _mm_add_epi32(state.abef, before.abef);
+        state.cdgh = _mm_add_epi32(state.cdgh, before.cdgh);
+    }
+}
+
+/// A block whose schedule is known: no word has to be made.
+#[inline]
+#[target_feature(enable = "avx2,sha")]
+fn compress_known(state: &mut [State; 2], schedule: &[u32; 64]) {
+    let before = *state;
+    for wk in schedule.as_chunks().0 {
+        let wk = load_words(wk);
+        for state in state.iter_mut() {
+            state.four_rounds(wk);
         }
     }
     for (state, before) in state.iter_mut().zip(before) {

@@ -1,14 +1,16 @@
 //! POLYVAL with VPCLMULQDQ, 32 blocks to a reduction, and the pass that encrypts on the way.
 
 use core::arch::x86_64::{
-    __m128i, __m512i, __mmask64, _mm_xor_si128, _mm256_castsi256_si128, _mm256_extracti128_si256,
-    _mm256_xor_si256, _mm512_castsi512_si256, _mm512_clmulepi64_epi128, _mm512_extracti64x4_epi64,
-    _mm512_loadu_si512, _mm512_mask_storeu_epi8, _mm512_maskz_loadu_epi8, _mm512_setzero_si512,
-    _mm512_shuffle_epi32, _mm512_storeu_si512, _mm512_xor_si512, _mm512_zextsi128_si512,
+    __m128i, __m512i, __mmask64, _mm_setzero_si128, _mm_xor_si128, _mm256_castsi256_si128,
+    _mm256_extracti128_si256, _mm256_xor_si256, _mm512_castsi512_si256, _mm512_clmulepi64_epi128,
+    _mm512_extracti64x4_epi64, _mm512_loadu_si512, _mm512_mask_storeu_epi8,
+    _mm512_maskz_loadu_epi8, _mm512_setzero_si512, _mm512_shuffle_epi32, _mm512_storeu_si512,
+    _mm512_xor_si512, _mm512_zextsi128_si512,
 };
 
 use super::clmul::{self, from_u128, to_u128};
 use super::powers::{POWERS, Powers};
+use crate::tag::lengths;
 
 /// The blocks that share a reduction.
 const GROUP_BYTES: usize = POWERS * 16;
@@ -17,30 +19,15 @@ const GROUP_BYTES: usize = POWERS * 16;
 const VECTOR_BYTES: usize = 64;
 
 #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
-pub(crate) fn absorb(powers: &Powers, sum: u128, bytes: &[u8]) -> u128 {
-    let mut sum = from_u128(sum);
-    let (groups, rest) = bytes.as_chunks::<GROUP_BYTES>();
-    for group in groups {
-        let mut product = Product::new(sum);
-        for (bytes, powers) in group.as_chunks().0.iter().zip(powers.for_vectors(POWERS)) {
-            product.add(load(bytes), powers);
-        }
-        sum = product.reduce();
-    }
-    if !rest.is_empty() {
-        let mut product = Product::new(sum);
-        let powers = powers.for_vectors(rest.len().div_ceil(16));
-        for (bytes, powers) in rest.chunks(VECTOR_BYTES).zip(powers) {
-            product.add(load_part(bytes), powers);
-        }
-        sum = product.reduce();
-    }
-    to_u128(sum)
+pub(crate) fn tag(powers: &Powers, aad: &[u8], text: &[u8]) -> u128 {
+    let sum = absorb(powers, _mm_setzero_si128(), aad, None);
+    to_u128(absorb(powers, sum, text, Some(lengths(aad, text))))
 }
 
 #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
-pub(crate) fn encrypt(powers: &Powers, sum: u128, data: &mut [u8], pad: &[u8]) -> u128 {
-    let mut sum = from_u128(sum);
+pub(crate) fn encrypt(powers: &Powers, aad: &[u8], data: &mut [u8], pad: &[u8]) -> u128 {
+    let mut sum = absorb(powers, _mm_setzero_si128(), aad, None);
+    let lengths = lengths(aad, data);
     let (groups, rest) = data.as_chunks_mut::<GROUP_BYTES>();
     let (pad_groups, pad_rest) = pad.as_chunks::<GROUP_BYTES>();
     for (group, pad) in groups.iter_mut().zip(pad_groups) {
@@ -53,53 +40,99 @@ pub(crate) fn encrypt(powers: &Powers, sum: u128, data: &mut [u8], pad: &[u8]) -
         }
         sum = product.reduce();
     }
-    if !rest.is_empty() {
-        let mut product = Product::new(sum);
-        let powers = powers.for_vectors(rest.len().div_ceil(16));
-        let vectors = rest
-            .chunks_mut(VECTOR_BYTES)
-            .zip(pad_rest.chunks(VECTOR_BYTES));
-        for ((data, pad), powers) in vectors.zip(powers) {
-            let ciphertext = _mm512_xor_si512(load_part(data), load_part(pad));
-            store_part(data, ciphertext);
-            product.add(ciphertext, powers);
-        }
-        sum = product.reduce();
+    for (data, pad) in rest
+        .chunks_mut(VECTOR_BYTES)
+        .zip(pad_rest.chunks(VECTOR_BYTES))
+    {
+        store_part(data, _mm512_xor_si512(load_part(data), load_part(pad)));
     }
-    to_u128(sum)
+    to_u128(end(powers, sum, rest, Some(lengths)))
 }
 
+/// Takes `old` off and wipes it; where `NEW`, puts `new` on, which is as long, and wipes it too.
 #[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
-pub(crate) fn encrypt_and_wipe(
+pub(crate) fn encrypt_and_wipe<const NEW: bool>(
     powers: &Powers,
-    sum: u128,
+    aad: &[u8],
     data: &mut [u8],
-    pad: &mut [u8],
+    old: &mut [u8],
+    new: &mut [u8],
 ) -> u128 {
-    let mut sum = from_u128(sum);
+    let mut sum = absorb(powers, _mm_setzero_si128(), aad, None);
+    let lengths = lengths(aad, data);
+    let zero = _mm512_setzero_si512();
     let (groups, rest) = data.as_chunks_mut::<GROUP_BYTES>();
-    let (pad_groups, pad_rest) = pad.as_chunks_mut::<GROUP_BYTES>();
-    for (group, pad) in groups.iter_mut().zip(pad_groups) {
+    let (old_groups, old_rest) = old.as_chunks_mut::<GROUP_BYTES>();
+    let (new_groups, new_rest) = new.as_chunks_mut::<GROUP_BYTES>();
+    for (at, (group, old)) in groups.iter_mut().zip(old_groups).enumerate() {
         let mut product = Product::new(sum);
-        let vectors = group
-            .as_chunks_mut()
-            .0
-            .iter_mut()
-            .zip(pad.as_chunks_mut().0);
-        for ((data, pad), powers) in vectors.zip(powers.for_vectors(POWERS)) {
-            let ciphertext = _mm512_xor_si512(load(data), load(pad));
-            store(data, ciphertext);
-            store(pad, _mm512_setzero_si512());
+        let (vectors, old) = (group.as_chunks_mut().0, old.as_chunks_mut().0);
+        let mut new = if NEW {
+            Some(new_groups[at].as_chunks_mut().0)
+        } else {
+            None
+        };
+        for (i, powers) in powers.for_vectors(POWERS).iter().enumerate() {
+            let mut ciphertext = _mm512_xor_si512(load(&vectors[i]), load(&old[i]));
+            store(&mut old[i], zero);
+            if let Some(new) = &mut new {
+                ciphertext = _mm512_xor_si512(ciphertext, load(&new[i]));
+                store(&mut new[i], zero);
+            }
+            store(&mut vectors[i], ciphertext);
             product.add(ciphertext, powers);
         }
         sum = product.reduce();
     }
-    if !rest.is_empty() {
-        sum = from_u128(encrypt(powers, to_u128(sum), rest, pad_rest));
-        pad_rest.fill(0);
+    for (at, data) in rest.chunks_mut(VECTOR_BYTES).enumerate() {
+        let here = at * VECTOR_BYTES..at * VECTOR_BYTES + data.len();
+        let old = &mut old_rest[here.clone()];
+        let mut ciphertext = _mm512_xor_si512(load_part(data), load_part(old));
+        store_part(old, zero);
+        if NEW {
+            let new = &mut new_rest[here];
+            ciphertext = _mm512_xor_si512(ciphertext, load_part(new));
+            store_part(new, zero);
+        }
+        store_part(data, ciphertext);
     }
-    crate::wipe::keep_stores(pad);
-    to_u128(sum)
+    crate::wipe::keep_stores(old);
+    crate::wipe::keep_stores(new);
+    to_u128(end(powers, sum, rest, Some(lengths)))
+}
+
+/// `sum` goes on over `bytes`, padded with zeros to whole blocks, and over the block of lengths.
+#[inline]
+#[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+fn absorb(powers: &Powers, mut sum: __m128i, bytes: &[u8], lengths: Option<u128>) -> __m128i {
+    let (groups, rest) = bytes.as_chunks::<GROUP_BYTES>();
+    for group in groups {
+        let mut product = Product::new(sum);
+        for (bytes, powers) in group.as_chunks().0.iter().zip(powers.for_vectors(POWERS)) {
+            product.add(load(bytes), powers);
+        }
+        sum = product.reduce();
+    }
+    end(powers, sum, rest, lengths)
+}
+
+/// [`absorb`] for less than a group: one reduction for the bytes and the lengths.
+#[inline]
+#[target_feature(enable = "avx2,pclmulqdq,avx512f,avx512bw,avx512vl,vpclmulqdq")]
+fn end(powers: &Powers, sum: __m128i, rest: &[u8], lengths: Option<u128>) -> __m128i {
+    let blocks = rest.len().div_ceil(16) + usize::from(lengths.is_some());
+    if blocks == 0 {
+        return sum;
+    }
+    let mut product = Product::new(sum);
+    for (bytes, powers) in rest.chunks(VECTOR_BYTES).zip(powers.for_vectors(blocks)) {
+        product.add(load_part(bytes), powers);
+    }
+    if let Some(lengths) = lengths {
+        let vector = _mm512_zextsi128_si512(from_u128(lengths));
+        product.add(vector, &powers.for_vectors(1)[0]);
+    }
+    product.reduce()
 }
 
 /// [`clmul::Product`] in four lanes.
@@ -166,7 +199,7 @@ fn add_halves(value: __m512i) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn load(bytes: &[u8; VECTOR_BYTES]) -> __m512i {
+pub(super) fn load(bytes: &[u8; VECTOR_BYTES]) -> __m512i {
     // SAFETY:
     // - The reference makes 64 bytes valid for reads; the load asks for no alignment.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
@@ -182,7 +215,7 @@ fn load_powers(powers: &[[u8; 16]; 4]) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn store(bytes: &mut [u8; VECTOR_BYTES], value: __m512i) {
+pub(super) fn store(bytes: &mut [u8; VECTOR_BYTES], value: __m512i) {
     // SAFETY:
     // - The reference makes 64 bytes valid for writes; the store asks for no alignment.
     unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), value) }
