@@ -78,7 +78,7 @@ fn relayed(store: Store, pads: &[Vec<u8>; 2]) -> Duration {
         stock: Some(StockPlan {
             a: ids[0].clone(),
             b: ids[2].clone(),
-            target_kib: (amount >> 10) + 1024,
+            min_kib: (amount >> 10) + 1024,
             unit_bytes: UNIT_BYTES,
         }),
         apps: Vec::new(),

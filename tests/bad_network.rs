@@ -38,7 +38,7 @@ const DEAD_AFTER_MS: u64 = 1500;
 fn plan() -> Plan {
     let mut plan = Plan::demo();
     let stock = plan.stock.as_mut().unwrap();
-    (stock.target_kib, stock.unit_bytes) = (64, 4096);
+    (stock.min_kib, stock.unit_bytes) = (64, 4096);
     plan
 }
 

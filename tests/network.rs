@@ -32,7 +32,7 @@ const BACK_WITHIN: Duration = Duration::from_secs(10);
 async fn filled() -> Net {
     let mut plan = Plan::demo();
     let stock = plan.stock.as_mut().unwrap();
-    (stock.target_kib, stock.unit_bytes) = (64, 4096);
+    (stock.min_kib, stock.unit_bytes) = (64, 4096);
     let mut net = Net::start(plan).await;
     let filled = |statuses: &[(String, Value)]| {
         [("alice", "bob"), ("bob", "alice")]

@@ -10,6 +10,7 @@ use crate::{
     io::{Cx, Input, KmaConfig, Output},
     relay::{Relay, stream_of},
     session::{Boot, Greeting, Session},
+    stock::StockStatus,
     store::{JOURNAL_LIMIT_BYTES, Store, StreamAccounts},
     supply::Supply,
     sync::{Announcement, LinkSync},
@@ -75,6 +76,8 @@ pub struct Status {
     pub forgotten_bindings: u64,
     /// Journal records that did not fit; 0.
     pub inconsistencies: u64,
+    /// End-to-end stock with every node for which some is kept.
+    pub stocks: Vec<StockStatus>,
 }
 
 impl Kma {
@@ -166,9 +169,11 @@ impl Kma {
                 }
             }
             Input::Supply(order) => {
-                let sessions = &self.sessions;
-                self.supply
-                    .supply(&mut cx, &self.config, sessions, entropy, &order);
+                let (config, sessions) = (&self.config, &self.sessions);
+                let asked = self
+                    .supply
+                    .supply(&mut cx, config, sessions, entropy, &order);
+                self.relay.asked(now.mono, &order, asked);
             }
             Input::SupplyById(order) => {
                 self.supply.supply_by_id(&mut cx, &self.sessions, order);
@@ -265,6 +270,7 @@ impl Kma {
             waiting_bindings: state.received.len(),
             forgotten_bindings: state.forgotten_bindings,
             inconsistencies: state.inconsistencies,
+            stocks: self.relay.stocks(&self.core.store, &self.config.node),
         }
     }
 

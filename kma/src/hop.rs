@@ -21,7 +21,7 @@ use crate::{
 const TAG_BYTES: u32 = 16;
 
 /// Room in a key file for its metadata, in bytes: what a hop needs beyond the unit is less.
-const METADATA_ALLOWANCE_BYTES: u64 = 2048;
+pub(crate) const METADATA_ALLOWANCE_BYTES: u64 = 2048;
 
 /// Hops in flight towards one KMA, at most.
 const IN_FLIGHT_MAX: usize = 256;

@@ -42,13 +42,34 @@ pub struct LinkConfig {
 /// there.
 #[derive(Debug, Clone)]
 pub struct RemoteConfig {
-    /// Stock to keep, in bytes.
-    pub target_bytes: u64,
+    /// How much of it to keep.
+    pub stock: StockLimits,
     /// Key data of one relayed unit, in bytes.
     pub unit_bytes: u32,
     /// The route that was set by hand: all KMAs from here to there. Without it the controller is
     /// asked ([`Output::WantRoute`]).
     pub route: Option<Vec<NodeId>>,
+}
+
+/// The least and the greatest stock to keep with a KMA; between them it follows what applications
+/// ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StockLimits {
+    /// In stock also while nobody asks, in bytes.
+    pub min_bytes: u64,
+    /// In stock at most, in bytes, however much is asked for; counts only above `min_bytes`.
+    pub max_bytes: u64,
+}
+
+impl StockLimits {
+    /// The same stock always.
+    #[must_use]
+    pub const fn fixed(bytes: u64) -> Self {
+        Self {
+            min_bytes: bytes,
+            max_bytes: bytes,
+        }
+    }
 }
 
 /// Something that happened outside.

@@ -26,6 +26,7 @@ mod record;
 mod relay;
 mod session;
 mod state;
+mod stock;
 pub mod store;
 mod stream;
 mod supply;
@@ -48,11 +49,12 @@ pub use agent::{Kma, Status};
 pub use digest::MASK_BITS;
 pub use io::{
     Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, RemoteConfig,
-    Settlement, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
+    Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
 pub use record::{
     Binding, BurnReason, DiscardReason, Purpose, Record, SealedRow, Stage, StoredSegment,
 };
+pub use stock::StockStatus;
 pub use stream::Accounts;
 pub use supply::KEYS_MAX;
 

@@ -50,6 +50,17 @@ pub(crate) struct Supply {
     asking: Vec<Asking>,
 }
 
+/// What became of an order for keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// Keys were cut from this stream.
+    Supplied(StreamId),
+    /// There was not enough key.
+    NotEnough,
+    /// Refused, and more key would not have changed that.
+    InVain,
+}
+
 /// How far the outbox was sent to a node.
 #[derive(Debug, Default)]
 struct Sent {
@@ -75,13 +86,20 @@ impl Supply {
         sessions: &BTreeMap<NodeId, Session>,
         entropy: &mut dyn Entropy,
         order: &SupplyOrder,
-    ) {
-        let result = may_cut(cx, sessions, order).and_then(|()| cut(cx, config, entropy, order));
+    ) -> Asked {
+        let cut = may_cut(cx, sessions, order).and_then(|()| cut(cx, config, entropy, order));
+        let asked = match &cut {
+            Ok((stream, _)) => Asked::Supplied(stream.clone()),
+            Err(SupplyError::NotEnoughKey { .. }) => Asked::NotEnough,
+            Err(_) => Asked::InVain,
+        };
+        let result = cut.map(|(_, keys)| keys);
         self.send_bindings(cx, &order.destination, false);
         cx.out.push(Output::Supplied {
             order: order.order,
             result,
         });
+        asked
     }
 
     /// Gives out keys that are bound here, all or none.
@@ -278,7 +296,7 @@ fn cut(
     config: &KmaConfig,
     entropy: &mut dyn Entropy,
     order: &SupplyOrder,
-) -> Result<Vec<SuppliedKey>, SupplyError> {
+) -> Result<(StreamId, Vec<SuppliedKey>), SupplyError> {
     let len_bytes = u32::try_from(order.size.bytes()).unwrap_or(u32::MAX);
     let (stream, plan) = plan_for(cx, config, order, len_bytes)?;
     let spans: Vec<_> = plan.keys().collect();
@@ -312,7 +330,7 @@ fn cut(
         cx.store.bind(&order.destination, binding);
         supplied.extend(keys.next().map(|key| SuppliedKey { key_id, key }));
     }
-    Ok(supplied)
+    Ok((stream, supplied))
 }
 
 fn distinct(applications: &[AppId]) -> Vec<AppId> {

@@ -49,6 +49,21 @@ fn print_table(report: &Value) {
         }
     }
     println!(
+        "\n{:<32} {:>12} {:>12} {:>12} {:>12} {:>12}",
+        "end-to-end stock with", "KiB", "coming KiB", "target KiB", "asked KiB/s", "refused KiB"
+    );
+    for (with, s) in entries(&report["stocks"]) {
+        let kib = |name: &str| number(&s[name]) / 1024;
+        println!(
+            "{with:<32} {:>12} {:>12} {:>12} {:>12} {:>12}",
+            kib("stock_bytes"),
+            kib("coming_bytes"),
+            kib("target_bytes"),
+            kib("demand_bytes_per_second"),
+            kib("refused_bytes"),
+        );
+    }
+    println!(
         "\n{:<32} {:>9} {:>12} {:>8} {:>9} {:>10}",
         "module pair", "attached", "blocks", "gaps", "corrupt", "QBER %"
     );

@@ -115,6 +115,11 @@ fn stocks(config: &Config, peers: &Peers<'_>) -> Result<(), Wrong> {
             let what = format!("unit_bytes of {with} is not within {}", text(&UNIT_BYTES));
             refuse(&stock.with, what)?;
         }
+        let (min, max) = (stock.min_kib, *stock.max_kib.get_ref());
+        if max < min {
+            let what = format!("max_kib = {max} is less than min_kib = {min}");
+            refuse(&stock.max_kib, what)?;
+        }
         match &stock.route {
             None if config.controller.is_none() => {
                 let what = format!("stock with {with} needs a route or a [controller]");

@@ -194,9 +194,12 @@ pub struct ModulePairEntry {
 pub struct StockEntry {
     /// The node.
     pub with: Spanned<NodeId>,
-    /// Stock to keep, in KiB.
-    #[serde(default = "default_target_kib")]
-    pub target_kib: u64,
+    /// Stock to keep while no application asks, in KiB.
+    #[serde(default = "default_min_kib")]
+    pub min_kib: u64,
+    /// Most stock to keep, in KiB, however much applications ask for.
+    #[serde(default = "default_max_kib")]
+    pub max_kib: Spanned<u64>,
     /// Key data of one relayed unit, in bytes.
     #[serde(default = "default_unit_bytes")]
     pub unit_bytes: u32,
@@ -251,8 +254,12 @@ fn default_capacity_bytes() -> u64 {
     256 << 20
 }
 
-fn default_target_kib() -> u64 {
-    1024
+fn default_min_kib() -> u64 {
+    256
+}
+
+fn default_max_kib() -> Spanned<u64> {
+    Spanned::new(0..0, 16 << 10)
 }
 
 fn default_unit_bytes() -> u32 {

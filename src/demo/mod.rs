@@ -278,7 +278,7 @@ async fn wait_until_ready(
         return Ok(());
     };
     let (a, b) = (stock.a.as_str(), stock.b.as_str());
-    let target = stock.target_kib << 10;
+    let target = stock.min_kib << 10;
     let give_up = Instant::now() + READY_WITHIN;
     loop {
         running.check()?;

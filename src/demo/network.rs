@@ -73,8 +73,8 @@ pub struct StockPlan {
     pub a: NodeId,
     /// The other.
     pub b: NodeId,
-    /// Stock per direction, in KiB.
-    pub target_kib: u64,
+    /// Stock per direction while nobody asks, in KiB; at most four times that.
+    pub min_kib: u64,
     /// Key data of one relayed unit, in bytes.
     pub unit_bytes: u32,
 }
@@ -178,7 +178,7 @@ impl Plan {
             stock: Some(StockPlan {
                 a: alice.clone(),
                 b: bob.clone(),
-                target_kib: 256,
+                min_kib: 256,
                 // With its head and metadata a little less than a 16 KiB block of key memory.
                 unit_bytes: 15 * 1024,
             }),
@@ -414,9 +414,11 @@ impl Network {
         if let Some(stock) = &plan.stock
             && let Some(with) = other_end(&node.id, &stock.a, &stock.b)
         {
-            let (target, unit) = (stock.target_kib, stock.unit_bytes);
-            let text_of =
-                format!("[[stock]]\nwith = \"{with}\"\ntarget_kib = {target}\nunit_bytes = {unit}");
+            let (min, unit) = (stock.min_kib, stock.unit_bytes);
+            let text_of = format!(
+                "[[stock]]\nwith = \"{with}\"\nmin_kib = {min}\nmax_kib = {max}\nunit_bytes = {unit}",
+                max = 4 * min
+            );
             add(&mut text, &text_of);
         }
         for (app, node) in &plan.apps {

@@ -42,7 +42,7 @@ pub use intake::ModuleReport;
 pub use modules::ModuleChanges;
 use modules::{Means, Modules};
 use routes::Routes;
-pub use status::{MemoryReport, Report, StreamReport, ask};
+pub use status::{MemoryReport, Report, StockReport, StreamReport, ask};
 use supply::NodeSupply;
 
 /// Descriptors between drivers and stage.
@@ -413,7 +413,10 @@ fn kma_config(config: &Config) -> KmaConfig {
     });
     let remotes = config.stocks.iter().map(|stock| {
         let entry = RemoteConfig {
-            target_bytes: stock.target_kib << 10,
+            stock: qkd_kma::StockLimits {
+                min_bytes: stock.min_kib << 10,
+                max_bytes: stock.max_kib.get_ref() << 10,
+            },
             unit_bytes: stock.unit_bytes,
             route: stock.route.as_ref().map(|route| route.get_ref().clone()),
         };
@@ -436,7 +439,7 @@ fn node_supply(config: &Config, requests: mpsc::Sender<Request>) -> NodeSupply {
     let stocks = config
         .stocks
         .iter()
-        .map(|stock| (stock.with.get_ref().clone(), stock.target_kib << 10));
+        .map(|stock| (stock.with.get_ref().clone(), stock.max_kib.get_ref() << 10));
     NodeSupply {
         me: config.node.id.clone(),
         apps: config.app_nodes(),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use qkd_keyfile::NodeId;
-use qkd_kma::{Accounts, Status};
+use qkd_kma::{Accounts, Status, StockStatus};
 use serde::Serialize;
 use tokio::{
     io::AsyncWriteExt,
@@ -32,6 +32,8 @@ pub struct Report {
     pub peers: BTreeMap<NodeId, bool>,
     /// Every stream of segments: links by `low--high`, end-to-end stock by `source->destination`.
     pub streams: BTreeMap<String, StreamReport>,
+    /// End-to-end stock, by the node that it is shared with.
+    pub stocks: BTreeMap<NodeId, StockReport>,
     /// Every module of this node, by module pair.
     pub modules: BTreeMap<String, ModuleReport>,
     /// Bindings that no destination has acknowledged.
@@ -42,6 +44,39 @@ pub struct Report {
     pub key_memory: MemoryReport,
     /// Journal records that did not fit; 0.
     pub inconsistencies: u64,
+}
+
+/// One end-to-end stock. Quantities are of usable key that this node owns.
+#[derive(Debug, Serialize)]
+pub struct StockReport {
+    /// Bytes in stock.
+    pub stock_bytes: u64,
+    /// Bytes on their way to the other end.
+    pub coming_bytes: u64,
+    /// Bytes that are to be in stock now: what was asked for lately decides, between the limits.
+    pub target_bytes: u64,
+    /// The least target.
+    pub min_bytes: u64,
+    /// The greatest target.
+    pub max_bytes: u64,
+    /// Bytes per second that applications asked for lately.
+    pub demand_bytes_per_second: u64,
+    /// Bytes asked for and refused since the start, for there were not enough.
+    pub refused_bytes: u64,
+}
+
+impl From<StockStatus> for StockReport {
+    fn from(status: StockStatus) -> Self {
+        Self {
+            stock_bytes: status.stock_bytes,
+            coming_bytes: status.coming_bytes,
+            target_bytes: status.target_bytes,
+            min_bytes: status.limits.min_bytes,
+            max_bytes: status.limits.max_bytes,
+            demand_bytes_per_second: status.demand_bytes_per_second,
+            refused_bytes: status.refused_bytes,
+        }
+    }
 }
 
 /// One stream.
@@ -152,6 +187,11 @@ impl StatusServer {
             version: env!("CARGO_PKG_VERSION"),
             peers: status.peers.into_iter().collect(),
             streams: streams.collect(),
+            stocks: status
+                .stocks
+                .into_iter()
+                .map(|stock| (stock.with.clone(), stock.into()))
+                .collect(),
             modules: self.modules.get(),
             outbox_bindings: status.outbox_bindings,
             waiting_bindings: status.waiting_bindings,

@@ -143,7 +143,7 @@ fn config(names: &[&str], at: usize) -> KmaConfig {
         route.reverse();
     }
     let remote = RemoteConfig {
-        target_bytes: 512,
+        stock: qkd_kma::StockLimits::fixed(512),
         unit_bytes: 128,
         route: Some(route.clone()),
     };

@@ -13,13 +13,15 @@ mod unit;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use qkd_keyfile::{Entropy, NodeId, SegmentNumber, StreamId};
+use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, SegmentNumber, StreamId};
 
 use crate::{
     hop::{self, HopError},
-    io::{Alarm, Cx, KmaConfig},
+    io::{Alarm, Cx, KmaConfig, SupplyOrder},
     session::Session,
-    store::NewSegment,
+    stock::{StockStatus, Stocks},
+    store::{NewSegment, Store},
+    supply::Asked,
     wire::{Message, SealedHop},
 };
 
@@ -42,6 +44,7 @@ const ROUTE_MAX: usize = 16;
 pub(crate) struct Relay {
     source: Source,
     transits: Transits,
+    stocks: Stocks,
 }
 
 impl Relay {
@@ -49,6 +52,7 @@ impl Relay {
         Self {
             source: Source::new(config, incarnation),
             transits: Transits::default(),
+            stocks: Stocks::new(config),
         }
     }
 
@@ -65,8 +69,61 @@ impl Relay {
         sessions: &mut BTreeMap<NodeId, Session>,
         entropy: &mut dyn Entropy,
     ) {
-        self.transits.carry_on(cx, config, sessions);
-        self.source.poll(cx, config, sessions, entropy);
+        self.stocks.tick(cx.now.mono);
+        self.source.give_up(cx);
+        for next in config.neighbours.keys() {
+            self.share_out(cx, config, sessions, next);
+        }
+        let stocks = &mut self.stocks;
+        self.transits.carry_on(cx, config, sessions, stocks);
+        self.source.poll(cx, config, sessions, entropy, stocks);
+    }
+
+    /// Shares out the pad of a link among all that would send a unit over it.
+    fn share_out(
+        &mut self,
+        cx: &Cx<'_>,
+        config: &KmaConfig,
+        sessions: &BTreeMap<NodeId, Session>,
+        next: &NodeId,
+    ) {
+        let floor_bytes = config.neighbours.get(next).map_or(0, |l| l.floor_bytes);
+        let pad = LinkId::between(cx.me, next).map(StreamId::Link);
+        let pad_bytes = pad.map_or(0, |pad| cx.store.available_bytes(&pad));
+        let mut wants = Vec::new();
+        if sessions.get(next).is_some_and(|s| s.open_id().is_some()) {
+            wants = self.source.wants(cx, config, sessions, &self.stocks, next);
+            wants.extend(self.transits.wants(cx.me, next));
+        }
+        // What a hop asks for beyond its unit must be there too, or turns would be given that cannot
+        // be taken, and taken in another order than given.
+        let aside_bytes = floor_bytes.saturating_add(hop::METADATA_ALLOWANCE_BYTES);
+        let free_bytes = pad_bytes.saturating_sub(aside_bytes);
+        self.stocks.share_out(next, free_bytes, wants);
+    }
+
+    /// Applications asked for keys: the stock follows.
+    pub(crate) fn asked(&mut self, now: Mono, order: &SupplyOrder, asked: Asked) {
+        let bytes = u64::from(order.number) * order.size.bytes() as u64;
+        match asked {
+            Asked::Supplied(StreamId::EndToEnd { destination, .. }) => {
+                self.stocks.supplied(now, &destination, bytes);
+            }
+            Asked::Supplied(StreamId::Link(_)) => {
+                self.stocks
+                    .supplied_from_link(now, &order.destination, bytes);
+            }
+            Asked::NotEnough => self.stocks.refused(now, &order.destination, bytes),
+            Asked::InVain => {}
+        }
+    }
+
+    /// What an operator sees of the end-to-end stocks.
+    pub(crate) fn stocks(&self, store: &Store, me: &NodeId) -> Vec<StockStatus> {
+        self.stocks.status(|with| {
+            let stock_bytes = store.available_bytes(&stream_of(me, with));
+            (stock_bytes, self.source.coming_bytes(with))
+        })
     }
 
     /// A hop has come.
@@ -97,8 +154,13 @@ impl Relay {
         if at + 1 == header.route.len() {
             destination::arrived(cx, sessions, &header, &key_file);
         } else if config.relay_for_others {
+            let next = next_of(&header.route, cx.me);
             self.transits.push(cx, peer, header, key_file);
-            self.transits.carry_on(cx, config, sessions);
+            if let Some(next) = next {
+                self.share_out(cx, config, sessions, &next);
+            }
+            self.transits
+                .carry_on(cx, config, sessions, &mut self.stocks);
         } else {
             send_back(cx, &header.route, header.segment);
         }
@@ -112,7 +174,8 @@ impl Relay {
         segment: SegmentNumber,
         tag: &[u8; 16],
     ) {
-        self.source.completed(cx, peer, segment, tag);
+        self.source
+            .completed(cx, peer, segment, tag, &mut self.stocks);
     }
 
     /// A unit could not be carried by `peer`, or further on. Only the KMA that a unit was sent to

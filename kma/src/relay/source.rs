@@ -19,6 +19,7 @@ use crate::{
     io::{Alarm, Cx, KmaConfig, Output, RemoteConfig},
     record::{DiscardReason, Stage},
     session::Session,
+    stock::{Flow, Stocks, Want},
     store::NewSegment,
     wire::Message,
 };
@@ -62,6 +63,32 @@ struct Departed {
 }
 
 impl Remote {
+    fn coming_bytes(&self) -> u64 {
+        self.on_the_way.len() as u64 * u64::from(self.config.unit_bytes)
+    }
+
+    /// Units that could leave now and that the stock is short of.
+    fn missing_units(
+        &self,
+        cx: &Cx<'_>,
+        sessions: &BTreeMap<NodeId, Session>,
+        stocks: &Stocks,
+        destination: &NodeId,
+    ) -> u64 {
+        let reached = sessions.get(destination).is_some_and(Session::is_up);
+        if !reached || cx.now.mono < self.paused_until {
+            return 0;
+        }
+        let stock_bytes = cx.store.available_bytes(&stream_of(cx.me, destination));
+        let missing_bytes = stocks
+            .target_bytes(destination)
+            .saturating_sub(stock_bytes + self.coming_bytes());
+        let window = WINDOW.saturating_sub(self.on_the_way.len()) as u64;
+        missing_bytes
+            .div_ceil(u64::from(self.config.unit_bytes).max(1))
+            .min(window)
+    }
+
     fn pause(&mut self, now: Mono) {
         self.paused_until = now.after(self.pause);
         self.pause = (self.pause * 2).min(BACK_OFF.1);
@@ -96,34 +123,59 @@ impl Source {
         }
     }
 
-    /// Gives up and starts what is due.
+    /// Starts what is due and has its turn.
     pub(super) fn poll(
         &mut self,
         cx: &mut Cx<'_>,
         config: &KmaConfig,
         sessions: &mut BTreeMap<NodeId, Session>,
         entropy: &mut dyn Entropy,
+        stocks: &mut Stocks,
     ) {
         for destination in self.remotes.keys().cloned().collect::<Vec<_>>() {
-            self.give_up(cx, &destination);
-            while self.start(cx, config, sessions, entropy, &destination) {}
+            while self.start(cx, config, sessions, entropy, &destination, stocks) {}
         }
     }
 
     /// Discards units that took too long.
-    fn give_up(&mut self, cx: &mut Cx<'_>, destination: &NodeId) {
-        let Some(remote) = self.remotes.get(destination) else {
-            return;
-        };
-        let late: Vec<SegmentNumber> = remote
-            .on_the_way
-            .iter()
-            .filter(|(_, unit)| cx.now.mono.since(unit.at) > UNIT_TIMEOUT)
-            .map(|(&number, _)| number)
-            .collect();
-        for number in late {
-            self.fail(cx, destination, number, DiscardReason::TimedOut);
+    pub(super) fn give_up(&mut self, cx: &mut Cx<'_>) {
+        let mut late: Vec<(NodeId, SegmentNumber)> = Vec::new();
+        for (destination, remote) in &self.remotes {
+            let units = remote.on_the_way.iter();
+            let old = units.filter(|(_, unit)| cx.now.mono.since(unit.at) > UNIT_TIMEOUT);
+            late.extend(old.map(|(&number, _)| (destination.clone(), number)));
         }
+        for (destination, number) in late {
+            self.fail(cx, &destination, number, DiscardReason::TimedOut);
+        }
+    }
+
+    /// Bytes of key on their way to a destination.
+    pub(super) fn coming_bytes(&self, destination: &NodeId) -> u64 {
+        self.remotes
+            .get(destination)
+            .map_or(0, Remote::coming_bytes)
+    }
+
+    /// What would be sent over the link to `next` now.
+    pub(super) fn wants(
+        &self,
+        cx: &Cx<'_>,
+        config: &KmaConfig,
+        sessions: &BTreeMap<NodeId, Session>,
+        stocks: &Stocks,
+        next: &NodeId,
+    ) -> Vec<Want> {
+        let want = |(destination, remote): (&NodeId, &Remote)| {
+            let route = remote.route.as_ref()?;
+            (next_hop(config, route, cx.me, destination).as_ref() == Some(next)).then_some(())?;
+            Some(Want {
+                flow: Flow::Own(destination.clone()),
+                units: remote.missing_units(cx, sessions, stocks, destination),
+                unit_bytes: u64::from(remote.config.unit_bytes + UNIT_HEAD_BYTES),
+            })
+        };
+        self.remotes.iter().filter_map(want).collect()
     }
 
     /// A unit will not arrive: void, here and wherever it is.
@@ -149,7 +201,7 @@ impl Source {
         cx.send(destination, &Message::Void { stream, segment });
     }
 
-    /// Sends one unit if the stock is below its target and nothing stands in the way.
+    /// Sends one unit if the stock is below its target, it is its turn, and nothing stands in the way.
     fn start(
         &mut self,
         cx: &mut Cx<'_>,
@@ -157,18 +209,13 @@ impl Source {
         sessions: &mut BTreeMap<NodeId, Session>,
         entropy: &mut dyn Entropy,
         destination: &NodeId,
+        stocks: &mut Stocks,
     ) -> bool {
         let Some(remote) = self.remotes.get_mut(destination) else {
             return false;
         };
         let stream = stream_of(cx.me, destination);
-        let coming = remote.on_the_way.len() as u64 * u64::from(remote.config.unit_bytes);
-        let reached = sessions.get(destination).is_some_and(Session::is_up);
-        if cx.store.available_bytes(&stream) + coming >= remote.config.target_bytes
-            || remote.on_the_way.len() >= WINDOW
-            || cx.now.mono < remote.paused_until
-            || !reached
-        {
+        if remote.missing_units(cx, sessions, stocks, destination) == 0 {
             return false;
         }
         let Some(route) = remote.route.clone() else {
@@ -189,6 +236,10 @@ impl Source {
             remote.paused_until = cx.now.mono.after(BACK_OFF.1);
             return false;
         };
+        let flow = Flow::Own(destination.clone());
+        if !stocks.has_turn(&next, &flow) {
+            return false;
+        }
         let floor = config.neighbours.get(&next).map_or(0, |l| l.floor_bytes);
         let unit_bytes = UNIT_HEAD_BYTES.saturating_add(remote.config.unit_bytes) as usize;
         // The random bits come last: nothing is drawn for a unit that cannot leave.
@@ -230,6 +281,7 @@ impl Source {
             at: cx.now.mono,
         };
         remote.on_the_way.insert(segment, departed);
+        stocks.sent(&next, &flow);
         true
     }
 
@@ -240,6 +292,7 @@ impl Source {
         peer: &NodeId,
         segment: SegmentNumber,
         tag: &[u8; 16],
+        stocks: &mut Stocks,
     ) {
         let stream = stream_of(cx.me, peer);
         let Some(remote) = self.remotes.get_mut(peer) else {
@@ -275,6 +328,7 @@ impl Source {
             relayed: departed.metadata.as_ref(),
         };
         if store_unit(cx, new) {
+            stocks.arrived(peer, cx.now.mono.since(departed.at));
             release_again(cx, &stream, segment);
         } else {
             remote.pause(cx.now.mono);

@@ -10,6 +10,7 @@ use crate::{
     hop::{self, HopError, Leg},
     io::{Cx, KmaConfig},
     session::Session,
+    stock::{Flow, Stocks, Want},
     wire::RelayHeader,
 };
 
@@ -29,6 +30,12 @@ struct Transit {
     segment: SegmentNumber,
     key_file: KeyBuf,
     arrived: Mono,
+}
+
+impl Transit {
+    fn flow(&self) -> Flow {
+        Flow::through(&self.from, &self.route)
+    }
 }
 
 impl Transits {
@@ -51,12 +58,35 @@ impl Transits {
         });
     }
 
-    /// Sends units of others onwards, in order of arrival per next hop, as far as pad allows.
+    /// What waits for the link to `next`.
+    pub(super) fn wants(&self, me: &NodeId, next: &NodeId) -> Vec<Want> {
+        let mut wants: Vec<Want> = Vec::new();
+        let onwards = |transit: &&Transit| next_of(&transit.route, me).as_ref() == Some(next);
+        for transit in self.0.iter().filter(onwards) {
+            let (flow, unit_bytes) = (transit.flow(), transit.key_file.len_bytes() as u64);
+            match wants.iter_mut().find(|want| want.flow == flow) {
+                Some(want) => {
+                    want.units += 1;
+                    want.unit_bytes = want.unit_bytes.max(unit_bytes);
+                }
+                None => wants.push(Want {
+                    flow,
+                    units: 1,
+                    unit_bytes,
+                }),
+            }
+        }
+        wants
+    }
+
+    /// Sends units of others onwards as far as pad allows: those of a pair in order of arrival, the
+    /// pairs by turns.
     pub(super) fn carry_on(
         &mut self,
         cx: &mut Cx<'_>,
         config: &KmaConfig,
         sessions: &mut BTreeMap<NodeId, Session>,
+        stocks: &mut Stocks,
     ) {
         let mut blocked: Vec<NodeId> = Vec::new();
         let mut waiting = VecDeque::new();
@@ -70,7 +100,12 @@ impl Transits {
                 send_back(cx, &transit.route, transit.segment);
                 continue;
             }
-            if blocked.contains(&next) || !onward(cx, config, sessions, &transit, &next) {
+            let flow = transit.flow();
+            if blocked.contains(&next) || !stocks.has_turn(&next, &flow) {
+                waiting.push_back(transit);
+            } else if onward(cx, config, sessions, &transit, &next) {
+                stocks.sent(&next, &flow);
+            } else {
                 blocked.push(next);
                 waiting.push_back(transit);
             }

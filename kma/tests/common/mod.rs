@@ -24,7 +24,7 @@ use qkd_keyfile::{
 };
 use qkd_kma::{
     Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, Output, Record, RemoteConfig,
-    Settlement, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
+    Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
     store::Store,
     vault::{Vault, sim::SimDisk},
 };
@@ -158,7 +158,7 @@ pub fn chain(names: &[&str], target_bytes: u64) -> Vec<KmaConfig> {
                 way.reverse();
             }
             let remote = RemoteConfig {
-                target_bytes,
+                stock: StockLimits::fixed(target_bytes),
                 unit_bytes: 512,
                 route: Some(way.clone()),
             };
