@@ -62,7 +62,7 @@ impl Plant {
     fn new(limits: StockLimits, asked_per_tick: &[u64], pad_per_tick: u64) -> Self {
         let remote = RemoteConfig {
             stock: limits,
-            unit_bytes: UNIT_BYTES as u32,
+            unit_bytes: u32::try_from(UNIT_BYTES).unwrap(),
             route: None,
         };
         let link = LinkConfig {
