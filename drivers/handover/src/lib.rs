@@ -1,6 +1,8 @@
 //! The formats and the ring that QKD hardware and the bridge share.
 //!
 //! - [`type7`]: qcrypto's final-key files.
+//! - [`cor`], [`uuid_record`], [`hex_lines`], [`r10`]: other files that keys are handed over in.
+//! - [`clavis2`]: datagrams of a Clavis2's daemon.
 //! - [`block`] and [`status`]: the records that the next two carry.
 //! - [`serial`]: frames and their exchange over a serial line.
 //! - [`ring`]: records through shared memory; `include/qkd_ring.h` is its C side.
@@ -19,7 +21,12 @@
 #![deny(unsafe_code)]
 
 pub mod block;
+pub mod clavis2;
+pub mod cor;
+pub mod hex_lines;
+pub mod r10;
 pub mod ring;
 pub mod serial;
 pub mod status;
 pub mod type7;
+pub mod uuid_record;

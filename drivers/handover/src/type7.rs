@@ -16,7 +16,9 @@
 //! Source: the format description and the behaviour of qcrypto (kurtsiefer, S-Fifteen); the layout
 //! is a fact, this code is its own.
 //!
-//! The canonical key is the bit string: bit `i` is the bit `7 - i % 8` of byte `i / 8`.
+//! The canonical key is the bit string: bit `i` is the bit `7 - i % 8` of byte `i / 8`. S-Fifteen's
+//! guardian takes other bits of the same file: see [`decode_guardian_key`]. Both ends of a link have to
+//! take the same.
 
 use qkd_keyfile::units::bytes_for_bits;
 
@@ -191,12 +193,7 @@ pub const fn words_bytes(key_bits: u32) -> usize {
 /// exactly as long as the key) or [`Type7Error::Padding`]. Nothing was written.
 pub fn decode_key(header: &Header, words: &[u8], out: &mut [u8]) -> Result<(), Type7Error> {
     check_lengths(header.key_bits, words.len(), out.len())?;
-    if words
-        .last_chunk()
-        .is_some_and(|&last| u32::from_le_bytes(last) & !used_of_last_word(header.key_bits) != 0)
-    {
-        return Err(Type7Error::Padding);
-    }
+    check_words(header.key_bits, words)?;
     for (word, bytes) in words.chunks_exact(4).zip(out.chunks_mut(4)) {
         for (byte, from) in bytes.iter_mut().zip(word.iter().rev()) {
             *byte = *from;
@@ -227,6 +224,35 @@ pub fn encode_words(key_bits: u32, key: &[u8], out: &mut [u8]) -> Result<(), Typ
     Ok(())
 }
 
+/// Length in bits of the key that S-Fifteen's guardian takes from a file of `key_bits` bits.
+///
+/// That is all whole words but the last one, which guardian drops even where it is full.
+#[must_use]
+pub const fn guardian_key_bits(key_bits: u32) -> u32 {
+    key_bits.div_ceil(32).saturating_sub(1) * 32
+}
+
+/// Takes the key as S-Fifteen's guardian does: the bytes of the words as they lie in the file,
+/// without the last word. For a link whose other end gets its keys from guardian.
+///
+/// # Errors
+///
+/// As [`decode_key`], with `out` as long as [`guardian_key_bits`] says. Nothing was written.
+pub fn decode_guardian_key(
+    header: &Header,
+    words: &[u8],
+    out: &mut [u8],
+) -> Result<(), Type7Error> {
+    let need = bytes_for_bits(guardian_key_bits(header.key_bits));
+    if out.len() != need {
+        let have = out.len();
+        return Err(Type7Error::KeyLength { have, need });
+    }
+    check_words(header.key_bits, words)?;
+    out.copy_from_slice(&words[..need]);
+    Ok(())
+}
+
 fn check_bits(bits: u32) -> Result<(), Type7Error> {
     if bits > MAX_KEY_BITS {
         return Err(Type7Error::TooManyBits { bits });
@@ -243,6 +269,21 @@ fn check_lengths(key_bits: u32, words: usize, key: usize) -> Result<(), Type7Err
     let need = bytes_for_bits(key_bits);
     if key != need {
         return Err(Type7Error::KeyLength { have: key, need });
+    }
+    Ok(())
+}
+
+fn check_words(key_bits: u32, words: &[u8]) -> Result<(), Type7Error> {
+    let need = words_bytes(key_bits);
+    if words.len() != need {
+        let have = words.len();
+        return Err(Type7Error::WordsLength { have, need });
+    }
+    if words
+        .last_chunk()
+        .is_some_and(|&last| u32::from_le_bytes(last) & !used_of_last_word(key_bits) != 0)
+    {
+        return Err(Type7Error::Padding);
     }
     Ok(())
 }
@@ -289,6 +330,21 @@ mod tests {
         let mut again = [0xff; 8];
         encode_words(40, &key, &mut again).unwrap();
         assert_eq!((&header.encode(), &again[..]), (head, words));
+    }
+
+    #[test]
+    fn guardian_takes_golden_vector_a_without_its_last_word() {
+        let (head, words) = A.split_first_chunk().unwrap();
+        let header = Header::decode(head).unwrap();
+        let mut key = [0; 4];
+        assert_eq!(guardian_key_bits(header.key_bits), 32);
+        decode_guardian_key(&header, words, &mut key).unwrap();
+        assert_eq!(key, [0xef, 0xbe, 0xad, 0xde]);
+        assert_eq!([0, 1, 32, 33, 64].map(guardian_key_bits), [0, 0, 0, 32, 32]);
+        assert_eq!(
+            decode_guardian_key(&header, words, &mut [0; 5]),
+            Err(Type7Error::KeyLength { have: 5, need: 4 })
+        );
     }
 
     #[test]
