@@ -8,7 +8,7 @@ use qkd_keyfile::{AppId, Entropy, LinkId, Mono, NodeId, Now, StreamId};
 use crate::{
     RESEND_AFTER, TICK, confirm,
     io::{Cx, Input, KmaConfig, Output},
-    relay::{Relay, stream_of},
+    relay::{Completion, Relay, stream_of},
     session::{Boot, Greeting, Session},
     stock::StockStatus,
     store::{JOURNAL_LIMIT_BYTES, Store, StreamAccounts},
@@ -179,6 +179,7 @@ impl Kma {
                 self.supply.supply_by_id(&mut cx, &self.sessions, order);
             }
             Input::Route { destination, route } => self.relay.routed(&destination, route),
+            Input::Random(bits) => self.relay.random(bits),
             Input::Tick => self.tick(now, entropy),
         }
         self.core.store.relieve();
@@ -341,7 +342,10 @@ impl Kma {
             Message::HopTaken {
                 session: id,
                 sequence,
-            } => session.hop_taken(id, sequence),
+            } => {
+                session.hop_taken(id, sequence);
+                self.relay.hop_taken(cx, &self.config, &mut self.sessions);
+            }
             Message::Announce { .. } | Message::Propose(_) | Message::Answer { .. } => {
                 let trusted = !session.is_quarantined();
                 if let Some(link) = self.links.get_mut(peer).filter(|_| trusted) {
@@ -356,7 +360,12 @@ impl Kma {
             Message::Pending { stream, segments } => {
                 confirm::pending(cx, peer, &stream, &segments);
             }
-            Message::Void { stream, segment } => confirm::void(cx, peer, &stream, segment),
+            Message::Void { stream, segment } => {
+                if stream == stream_of(peer, cx.me) {
+                    self.relay.void(&stream, segment);
+                }
+                confirm::void(cx, peer, &stream, segment);
+            }
             Message::Spent { stream, segments } => {
                 if session.accepting_id().is_some() {
                     confirm::spent(cx, peer, stream, segments);
@@ -373,13 +382,20 @@ impl Kma {
                 self.relay.hop(cx, config, sessions, peer, &hop);
             }
             Message::RelayFailed { route, segment } => self.relay.failed(cx, peer, &route, segment),
+            Message::Xor(part) => {
+                let (config, sessions) = (&self.config, &mut self.sessions);
+                self.relay.xor(cx, config, sessions, peer, part);
+            }
+            Message::XorTaken { relay, place } => self.relay.xor_taken(peer, relay, place),
             Message::Completion {
                 stream,
                 segment,
+                way,
                 tag,
             } => {
                 if stream == stream_of(cx.me, peer) {
-                    self.relay.completed(cx, peer, segment, &tag);
+                    let completion = Completion { segment, way, tag };
+                    self.relay.completed(cx, &self.config, peer, completion);
                     self.relay
                         .poll(cx, &self.config, &mut self.sessions, entropy);
                 }

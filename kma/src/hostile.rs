@@ -2,7 +2,7 @@
 
 use qkd_keyfile::{
     Composition, Generation, KeySpan, KsaKeyId, LinkId, Piece, SegmentNumber, StreamId,
-    metadata::KeyType,
+    metadata::{KeyType, SecurityLevel},
 };
 
 use sha2::{Digest, Sha256};
@@ -11,7 +11,7 @@ use crate::{
     Alarm, Input, Settlement,
     common::{Network, app, chain, node, qkd_key},
     digest::link_key_id,
-    record::{Binding, Stage},
+    record::{Binding, RelayedWay, Stage},
     wire::{Mark, Marks, Message, Propose, RelayHeader, SealedHop, Verdict},
 };
 
@@ -117,6 +117,7 @@ fn all_about(stream: &StreamId, numbers: &[SegmentNumber]) -> Vec<Message> {
         messages.push(Message::Completion {
             stream: stream(),
             segment,
+            way: RelayedWay::of_level(SecurityLevel::Qkd),
             tag,
         });
     }
@@ -244,8 +245,10 @@ fn a_release_that_is_not_mask_2_releases_nothing() {
 #[test]
 fn a_completion_over_other_bits_makes_no_stock_at_the_source() {
     let mut net = three();
-    let (segment, mut tag) = take(&mut net, |from, _, message| match message {
-        Message::Completion { segment, tag, .. } if from == "bob" => Some((segment, tag)),
+    let (segment, way, mut tag) = take(&mut net, |from, _, message| match message {
+        Message::Completion {
+            segment, way, tag, ..
+        } if from == "bob" => Some((segment, way, tag)),
         _ => None,
     });
     tag[3] ^= 4;
@@ -257,6 +260,7 @@ fn a_completion_over_other_bits_makes_no_stock_at_the_source() {
         &Message::Completion {
             stream: stream.clone(),
             segment,
+            way,
             tag,
         },
     );

@@ -10,7 +10,7 @@ use qkd_keyfile::{
 };
 use qkd_secmem::KeyBuf;
 
-use crate::{store::Store, vault::VaultError, wire::Message};
+use crate::{policy::RelayPolicies, store::Store, vault::VaultError, wire::Message};
 
 /// How a KMA is set up; constant while it runs.
 #[derive(Debug, Clone)]
@@ -21,8 +21,8 @@ pub struct KmaConfig {
     pub neighbours: BTreeMap<NodeId, LinkConfig>,
     /// KMAs for which end-to-end stock is kept.
     pub remotes: BTreeMap<NodeId, RemoteConfig>,
-    /// Whether units of other KMAs are relayed here.
-    pub relay_for_others: bool,
+    /// How keys are relayed, per pair of nodes.
+    pub relay: RelayPolicies,
     /// Length over which unit digests are taken, in bytes; the proposer's value counts.
     pub digest_unit_bytes: u32,
 }
@@ -122,6 +122,8 @@ pub enum Input {
         /// All KMAs from here to there; `None` if there is no way.
         route: Option<Vec<NodeId>>,
     },
+    /// Bits of the registered physical generator, tested, after [`Output::WantRandom`].
+    Random(KeyBuf),
     /// Time has passed.
     Tick,
 }
@@ -167,6 +169,12 @@ pub enum Output {
     WantRoute {
         /// From here to this KMA.
         destination: NodeId,
+    },
+    /// Bits of the registered physical generator are wanted: bring as many with [`Input::Random`],
+    /// in whatever pieces, as soon as they are there. Not asked again before they are.
+    WantRandom {
+        /// How many, in bytes.
+        bytes: usize,
     },
     /// Something that an operator should know.
     Alarm(Alarm),

@@ -21,6 +21,7 @@ mod confirm;
 mod digest;
 mod hop;
 mod io;
+mod policy;
 mod ranges;
 mod record;
 mod relay;
@@ -51,8 +52,10 @@ pub use io::{
     Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, RemoteConfig,
     Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
+pub use policy::{HOPS_MAX, RandomSource, RelayPolicies, RelayPolicy, RelayScheme};
 pub use record::{
-    Binding, BurnReason, DiscardReason, Purpose, Record, SealedRow, Stage, StoredSegment,
+    Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, SealedRow, Stage,
+    StoredSegment,
 };
 pub use stock::StockStatus;
 pub use stream::Accounts;

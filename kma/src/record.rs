@@ -9,7 +9,9 @@ use qkd_keyfile::{
     AppId, Composition, KeySpan, KmaKeyId, KsaKeyId, ModulePairId, NodeId, QkdKeyId, SegmentNumber,
     StreamId, UnixTime,
     address::Generation,
-    metadata::{KeyType, QkdKeyMetadata, RelayEncryption, RelayedKeyMetadata, SecurityLevel},
+    metadata::{
+        KeyType, QkdKeyMetadata, RelayEncryption, RelayHop, RelayedKeyMetadata, SecurityLevel,
+    },
 };
 use serde::{Deserialize, Serialize};
 
@@ -281,6 +283,49 @@ pub struct StoredSegment {
     pub seal: SealTag,
 }
 
+/// The way of a relayed unit, hop by hop, with the encryption method of each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayedWay {
+    /// The weakest level of the bits that it was made of, and of all that was done to it.
+    pub level: SecurityLevel,
+    /// The hops, in order of the route.
+    pub hops: Vec<RelayHop>,
+}
+
+impl From<&RelayedKeyMetadata> for RelayedWay {
+    fn from(metadata: &RelayedKeyMetadata) -> Self {
+        Self {
+            level: metadata.level,
+            hops: metadata.hops.clone(),
+        }
+    }
+}
+
+impl RelayedWay {
+    /// The way of a unit that has not left yet.
+    #[must_use]
+    pub const fn of_level(level: SecurityLevel) -> Self {
+        let hops = Vec::new();
+        Self { level, hops }
+    }
+
+    /// One hop more; the level falls to that of its method. (An XOR with equally long independent
+    /// bits weakens nothing.)
+    #[must_use]
+    pub fn then(mut self, hop: RelayHop) -> Self {
+        self.level = self.level.min(hop.encryption.level());
+        self.hops.push(hop);
+        self
+    }
+
+    /// The weakest level over origin, every hop's method and every combination, whatever is claimed.
+    #[must_use]
+    pub fn weakest(&self) -> SecurityLevel {
+        let hops = self.hops.iter().map(|hop| hop.encryption.level());
+        hops.fold(self.level, SecurityLevel::min)
+    }
+}
+
 /// How far a stored segment is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stage {
@@ -297,6 +342,10 @@ pub enum Purpose {
     Pad,
     /// A key for applications.
     Supply,
+    /// Reserved for the relay of one unit (by its KMA-key ID): the bits leave the pad pool at both
+    /// ends, and enter no ciphertext but the one that the relay's scheme names. If the relay is
+    /// aborted, they are of no use any more.
+    Relay(KmaKeyId),
     /// Nothing: burned.
     Burn(BurnReason),
 }

@@ -14,6 +14,7 @@ use qkd_keyfile::{KeySpan, Mono, NodeId, SegmentNumber, StreamId, metadata::KeyT
 use crate::{
     RESEND_AFTER,
     digest::session_id,
+    hop::{Batch, BatchKey},
     io::{Alarm, Cx},
     ranges::RangeSet,
     record::BurnReason,
@@ -60,6 +61,8 @@ pub(crate) struct Sending {
     pub(crate) hash_key: Option<HashKey>,
     /// Tags made with the hash key.
     pub(crate) tags: u64,
+    /// The batch under AES that goes on, if pad is short.
+    pub(crate) batch: Option<Batch>,
     pub(crate) unacknowledged: BTreeMap<u64, SentHop>,
 }
 
@@ -84,8 +87,24 @@ pub(crate) struct SentHop {
 pub(crate) struct Receiving {
     /// The last two: hops under the one before may come after the first under the last.
     pub(crate) hash_keys: Vec<HashKey>,
+    /// Likewise the keys of batches under AES.
+    pub(crate) batches: Vec<BatchKey>,
     /// Sequences accepted.
     pub(crate) accepted: RangeSet,
+}
+
+impl Receiving {
+    /// Keeps the fresh keys of a hop, and of those before the last one only.
+    pub(crate) fn keep(&mut self, hash_key: Option<HashKey>, batch: Option<BatchKey>) {
+        if let Some(key) = hash_key {
+            self.hash_keys.truncate(1);
+            self.hash_keys.insert(0, key);
+        }
+        if let Some(key) = batch {
+            self.batches.truncate(1);
+            self.batches.insert(0, key);
+        }
+    }
 }
 
 /// What a hello brought about.
@@ -342,6 +361,12 @@ impl Session {
             self.marks_said = None;
             self.vouched = true;
         }
+    }
+
+    /// How a hop of a session is: `None` if the session has ended, else whether the peer has
+    /// acknowledged it.
+    pub(crate) fn is_taken(&self, (session, sequence): (u64, u64)) -> Option<bool> {
+        (self.id == Some(session)).then(|| !self.sending.unacknowledged.contains_key(&sequence))
     }
 
     /// The peer accepted a hop.

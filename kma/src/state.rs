@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use qkd_keyfile::{
     AppId, KsaKeyId, ModulePairId, NodeId, SegmentNumber, StreamId, UnixTime, address::Generation,
+    metadata::RelayedKeyMetadata,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    record::{Binding, BurnReason, DiscardReason, Purpose, Record},
+    record::{Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, Stage},
     stream::{Segment, Stream},
     used::UsedIds,
     vault::{RowId, SealTag},
@@ -27,6 +28,8 @@ pub(crate) struct State {
     /// the way of another's key IDs.
     pub(crate) received: BTreeMap<(NodeId, KsaKeyId), ReceivedBinding>,
     pub(crate) used: BTreeMap<(ModulePairId, Generation), UsedIds>,
+    /// How units came that wait here for their release.
+    pub(crate) ways: BTreeMap<StreamId, BTreeMap<SegmentNumber, RelayedWay>>,
     /// The next row that was never used.
     pub(crate) next_row: u64,
     /// Version of the records.
@@ -108,15 +111,19 @@ impl State {
             Record::Described {
                 stream,
                 segment,
+                relayed,
                 hashes,
                 ..
-            } => match hashes {
-                Some(hashes) => {
-                    self.next_row = self.next_row.max(hashes.row.0.checked_add(1)?);
-                    self.streams.get_mut(stream)?.describe(*segment, *hashes)
+            } => {
+                self.way(stream, *segment, relayed.as_deref());
+                match hashes {
+                    Some(hashes) => {
+                        self.next_row = self.next_row.max(hashes.row.0.checked_add(1)?);
+                        self.streams.get_mut(stream)?.describe(*segment, *hashes)
+                    }
+                    None => Some(()),
                 }
-                None => Some(()),
-            },
+            }
             Record::Suspected { stream, segment } => self.suspected(stream, *segment),
             Record::Preserved { stream, segment } => self.preserved(stream, *segment),
             Record::Deleted { row } => {
@@ -162,7 +169,12 @@ impl State {
                 stream.store(*segment, body, age);
                 Some(())
             }
-            Record::Confirmed { stream, segment } => self.stream_mut(stream).confirmed(*segment),
+            Record::Confirmed { stream, segment } => {
+                if let Some(ways) = self.ways.get_mut(stream) {
+                    ways.remove(segment);
+                }
+                self.stream_mut(stream).confirmed(*segment)
+            }
             Record::Discarded {
                 stream,
                 segment,
@@ -248,6 +260,7 @@ impl State {
                 continue;
             }
             stream.proposed.clear();
+            self.ways.remove(id);
             for number in stream.segments.keys().copied().collect::<Vec<_>>() {
                 let ended = stream.end(number, BurnReason::PeerStoreReplaced);
                 self.freed
@@ -279,10 +292,24 @@ impl State {
     fn end(&mut self, id: &StreamId, number: SegmentNumber, reason: BurnReason) -> Option<()> {
         let segment = self.streams.get_mut(id)?.end(number, reason)?;
         self.freed.extend(segment.rows());
+        if let Some(ways) = self.ways.get_mut(id) {
+            ways.remove(&number);
+        }
         if segment.bindings > 0 {
             self.unbind(id, number);
         }
         Some(())
+    }
+
+    /// A unit's completion may have to be said again until it is released: it covers the way.
+    fn way(&mut self, id: &StreamId, number: SegmentNumber, way: Option<&RelayedKeyMetadata>) {
+        let waits = self
+            .segment(id, number)
+            .is_some_and(|segment| segment.stage == Stage::Answered);
+        if let Some(way) = way.filter(|_| waits) {
+            let ways = self.ways.entry(id.clone()).or_default();
+            ways.insert(number, way.into());
+        }
     }
 
     /// Forgets received bindings into a segment.

@@ -87,6 +87,8 @@ pub struct Accounts {
     pub pad_bits: u64,
     /// Bound to keys for applications.
     pub supplied_bits: u64,
+    /// Reserved for the relay of units, and used for nothing else.
+    pub reserved_bits: u64,
     /// Burned.
     pub burned_bits: u64,
     /// Segments confirmed.
@@ -178,6 +180,7 @@ impl Stream {
             a.overhead_bits,
             a.pad_bits,
             a.supplied_bits,
+            a.reserved_bits,
             a.burned_bits,
             left.sum::<u64>() * 8,
         ];
@@ -327,6 +330,7 @@ impl Stream {
         match purpose {
             Purpose::Pad => self.accounts.pad_bits += bits,
             Purpose::Supply => self.accounts.supplied_bits += bits,
+            Purpose::Relay(_) => self.accounts.reserved_bits += bits,
             Purpose::Burn(_) => self.accounts.burned_bits += bits,
         }
     }

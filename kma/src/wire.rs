@@ -14,10 +14,10 @@ use qkd_keyfile::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::record::Binding;
+use crate::record::{Binding, RelayedWay};
 
 /// Version of the messages.
-pub(crate) const VERSION: u16 = 2;
+pub(crate) const VERSION: u16 = 3;
 
 /// Longest message that is taken, in bytes.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -106,10 +106,11 @@ pub(crate) enum Message {
         route: Vec<NodeId>,
         segment: SegmentNumber,
     },
-    /// The destination holds the unit: the end-to-end check of all its bits.
+    /// The destination holds the unit: the end-to-end check of all its bits, and of its way.
     Completion {
         stream: StreamId,
         segment: SegmentNumber,
+        way: RelayedWay,
         tag: [u8; 16],
     },
 
@@ -129,6 +130,12 @@ pub(crate) enum Message {
         stream: StreamId,
         segments: Vec<SegmentNumber>,
     },
+
+    // Key relay by XOR.
+    /// An XOR of two keys of one relay, to the one that XORs all of them.
+    Xor(XorPart),
+    /// The XOR came, or is of no use any more.
+    XorTaken { relay: KmaKeyId, place: u8 },
 }
 
 /// A part of what the owner of bits tells when a link session begins.
@@ -207,14 +214,75 @@ pub(crate) struct RelayHeader {
     pub(crate) route: Vec<NodeId>,
     /// The unit's number in the stream from source to destination.
     pub(crate) segment: SegmentNumber,
+    /// Whether the source allows hops under AES-256-GCM.
+    pub(crate) may_fall_back: bool,
+    pub(crate) cargo: Cargo,
     /// Pad of the hash key: 16 bytes, the same in every hop of a session and direction until it is
     /// rotated.
     pub(crate) hash_key: Vec<KeySpan>,
     /// Pad of the tag: 16 bytes.
     pub(crate) mask: Vec<KeySpan>,
-    /// Pad of the key file: as long as the ciphertext.
+    /// What [`Cargo`] says.
     pub(crate) pad: Vec<KeySpan>,
 }
+
+/// What a hop carries.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Cargo {
+    /// A key file under one-time pad: `pad` is as long as the ciphertext.
+    Padded,
+    /// A key file under AES-256-GCM: `pad` is the key, 32 bytes, the same in every hop of a batch.
+    Aes256Gcm {
+        /// Counts the hops of the batch; the nonce.
+        nonce: u64,
+    },
+    /// Nothing: the bits of `pad` leave the pad pool at both ends, for this relay alone.
+    Reservation(Reservation),
+}
+
+/// Bits of a link that are the key of a relay, or hide it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Reservation {
+    /// The relay: the KMA-key ID of the unit.
+    pub(crate) relay: KmaKeyId,
+    /// What is done with the bits.
+    pub(crate) scheme: ReservedFor,
+    /// The weakest level so far, and the way so far.
+    pub(crate) way: RelayedWay,
+}
+
+/// The scheme that bits are reserved for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum ReservedFor {
+    /// Case 1: they are the unit.
+    LinkKey,
+    /// Fig. 7 and Fig. 8: the next node reserves as many with its own next, and sends the XOR.
+    Xor(XorPlan),
+}
+
+/// Where XORs go, and which there are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct XorPlan {
+    /// Who XORs them, if not the destination.
+    pub(crate) centre: Option<NodeId>,
+    /// Whether the source sends one too: random bits under the first link's key.
+    pub(crate) random: bool,
+}
+
+/// One XOR of two keys.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct XorPart {
+    pub(crate) relay: KmaKeyId,
+    pub(crate) route: Vec<NodeId>,
+    pub(crate) plan: XorPlan,
+    /// The sender's place in the route; [`CENTRE_PLACE`] for the centre.
+    pub(crate) place: u8,
+    #[serde(with = "serde_bytes_vec")]
+    pub(crate) ciphertext: Vec<u8>,
+}
+
+/// The place of a centre, which is in no route.
+pub(crate) const CENTRE_PLACE: u8 = u8::MAX;
 
 impl Message {
     /// The message's bytes.
@@ -245,6 +313,8 @@ impl Message {
             | Self::Suspected { segments, .. }
             | Self::SpentTaken { segments, .. } => segments.len(),
             Self::RelayFailed { route, .. } => route.len(),
+            Self::Xor(part) => part.route.len(),
+            Self::Completion { way, .. } => way.hops.len(),
             Self::Bindings { bindings, .. } => {
                 let applications = bindings.iter().map(|b| b.applications.len());
                 if applications.max() > Some(MAX_APPLICATIONS) {
@@ -261,7 +331,7 @@ impl Message {
             | Self::Void { .. }
             | Self::Relay(_)
             | Self::HopTaken { .. }
-            | Self::Completion { .. }
+            | Self::XorTaken { .. }
             | Self::BindingsTaken { .. } => 0,
         };
         longest <= MAX_ITEMS

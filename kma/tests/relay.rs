@@ -8,7 +8,7 @@ use common::{
     Network, app, bytes, chain, check_ledgers, feed, feed_chain, hop_on_the_wire, node, three,
 };
 use qkd_keyfile::StreamId;
-use qkd_kma::{Alarm, Purpose, Record, SupplyError};
+use qkd_kma::{Alarm, Purpose, Record, RelayPolicies, RelayPolicy, SupplyError};
 
 #[test]
 fn end_to_end_stock_is_relayed_ahead_of_demand_and_serves_both_directions() {
@@ -113,7 +113,10 @@ fn longer_chains_serve_both_ends_with_the_same_keys() {
 #[test]
 fn a_node_that_relays_for_nobody_carries_nothing_and_says_so() {
     let mut configs = chain(&["alice", "relay", "bob"], 4096);
-    configs[1].relay_for_others = false;
+    configs[1].relay = RelayPolicies::new(RelayPolicy {
+        transit: false,
+        ..RelayPolicy::default()
+    });
     let mut net = Network::new(configs, 21);
     net.start_all();
     feed(&mut net, 0, 16);

@@ -78,7 +78,7 @@ fn fork() -> Vec<KmaConfig> {
             node: node(end),
             neighbours: BTreeMap::from([(node("relay"), link(end, "relay"))]),
             remotes: BTreeMap::new(),
-            relay_for_others: true,
+            relay: qkd_kma::RelayPolicies::default(),
             digest_unit_bytes: 32,
         })
         .collect();
@@ -96,7 +96,7 @@ fn fork() -> Vec<KmaConfig> {
         node: node("relay"),
         neighbours: links.collect(),
         remotes: BTreeMap::new(),
-        relay_for_others: true,
+        relay: qkd_kma::RelayPolicies::default(),
         digest_unit_bytes: 32,
     });
     configs

@@ -29,14 +29,14 @@ const MOST_SAME_BYTES: u64 = 26;
 pub(crate) struct HealthTests {
     backend: Backend,
     /// One for each module pair that ever delivered; which there are is configuration.
-    streams: HashMap<ModulePairId, HealthState>,
+    pairs: HashMap<ModulePairId, HealthTest>,
 }
 
 impl HealthTests {
     pub(crate) fn new(backend: Backend) -> Self {
         Self {
             backend,
-            streams: HashMap::new(),
+            pairs: HashMap::new(),
         }
     }
 
@@ -44,28 +44,56 @@ impl HealthTests {
     ///
     /// # Errors
     ///
-    /// The first test that failed: [`RefuseReason::Repetition`], [`RefuseReason::Proportion`] or
-    /// [`RefuseReason::Bias`].
+    /// As [`HealthTest::judge`].
     pub(crate) fn judge(&mut self, pair: &ModulePairId, key: &[u8]) -> Result<(), RefuseReason> {
-        if !self.streams.contains_key(pair) {
-            self.streams.insert(pair.clone(), HealthState::new());
+        if !self.pairs.contains_key(pair) {
+            self.pairs
+                .insert(pair.clone(), HealthTest::new(self.backend));
         }
-        let Some(stream) = self.streams.get_mut(pair) else {
+        let Some(test) = self.pairs.get_mut(pair) else {
             unreachable!("it has just been put there");
         };
-        let stats = self.backend.health(stream, key);
+        test.judge(key)
+    }
+}
+
+/// The tests of one source of random bits.
+#[derive(Debug)]
+pub struct HealthTest {
+    backend: Backend,
+    state: HealthState,
+}
+
+impl HealthTest {
+    /// Begins anew.
+    #[must_use]
+    pub fn new(backend: Backend) -> Self {
+        Self {
+            backend,
+            state: HealthState::new(),
+        }
+    }
+
+    /// Judges the source's next bytes; after a failure the tests begin anew.
+    ///
+    /// # Errors
+    ///
+    /// The first test that failed: [`RefuseReason::Repetition`], [`RefuseReason::Proportion`] or
+    /// [`RefuseReason::Bias`].
+    pub fn judge(&mut self, bytes: &[u8]) -> Result<(), RefuseReason> {
+        let stats = self.backend.health(&mut self.state, bytes);
         let verdict = if stats.bits_repeat || stats.bytes_repeat {
             Err(RefuseReason::Repetition)
         } else if stats.most_same_bits >= MOST_SAME_BITS || stats.most_same_bytes >= MOST_SAME_BYTES
         {
             Err(RefuseReason::Proportion)
-        } else if is_biased(stats.ones, key.len() as u64 * 8) {
+        } else if is_biased(stats.ones, bytes.len() as u64 * 8) {
             Err(RefuseReason::Bias)
         } else {
             Ok(())
         };
         if verdict.is_err() {
-            *stream = HealthState::new();
+            self.state = HealthState::new();
         }
         verdict
     }

@@ -57,6 +57,11 @@ pub(super) fn check(config: &Config) -> Result<(), Wrong> {
     let peers = Peers::of(config)?;
     links(config, &peers)?;
     stocks(config, &peers)?;
+    let policies = config.relay.policies();
+    policies.map_err(|(span, what)| Wrong {
+        span,
+        what: format!("[relay]: {what}"),
+    })?;
     apps(config, &peers)?;
     supply(config)
 }

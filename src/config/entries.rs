@@ -23,9 +23,6 @@ pub struct NodeConfig {
     /// Whether key memory that cannot be locked may be used all the same.
     #[serde(default)]
     pub allow_unlocked_memory: bool,
-    /// Whether units of other nodes are relayed here.
-    #[serde(default = "yes")]
-    pub relay_for_others: bool,
 }
 
 /// A certificate and whom it trusts; PEM files.
@@ -219,10 +216,6 @@ pub struct AppEntry {
 
 fn default_dead_after_ms() -> Spanned<u64> {
     Spanned::new(0..0, 8000)
-}
-
-fn yes() -> bool {
-    true
 }
 
 fn default_key_memory_mib() -> Spanned<usize> {

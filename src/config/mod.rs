@@ -6,6 +6,7 @@
 mod check;
 mod entries;
 mod file;
+mod relay;
 
 use std::{
     collections::BTreeMap,
@@ -22,6 +23,7 @@ pub use entries::{
 };
 pub use file::ConfigError;
 pub(crate) use file::read_toml;
+pub use relay::{PairEntry, PolicyEntry, RandomEntry, RelayConfig, SchemeEntry};
 
 /// A node, as its file describes it.
 #[derive(Debug, Deserialize)]
@@ -46,6 +48,9 @@ pub struct Config {
     /// Links to matching KMAs.
     #[serde(default, rename = "link")]
     pub links: Vec<LinkEntry>,
+    /// How keys are relayed.
+    #[serde(default)]
+    pub relay: RelayConfig,
     /// End-to-end stock to be kept with nodes that are no neighbours.
     #[serde(default, rename = "stock")]
     pub stocks: Vec<StockEntry>,
@@ -93,6 +98,9 @@ impl Config {
             *path = if default { &data } else { base }.join(&*path);
         }
         self.node.data = data;
+        if let Some(device) = &mut self.relay.device {
+            *device = base.join(&*device);
+        }
         for link in &mut self.links {
             for pair in &mut link.module_pairs {
                 resolve_driver(&mut pair.driver, base);

@@ -16,6 +16,7 @@ use qkd_kma::{
 };
 use qkd_net::{LinkEvent, LinksHandle};
 use qkd_pipeline::{Command, CommandRefused, FormatOrder, StageEvent, StageHandle};
+use qkd_secmem::KeyBuf;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::env::{SystemClock, SystemEntropy};
@@ -53,6 +54,8 @@ pub(crate) enum Request {
         destination: NodeId,
         route: Option<Vec<NodeId>>,
     },
+    /// Bits of the registered generator.
+    Random(KeyBuf),
 }
 
 /// Everything that the agent works with.
@@ -65,6 +68,8 @@ pub(crate) struct Surroundings {
     pub(crate) full: Vec<(NodeId, watch::Sender<bool>)>,
     /// To the controller's task.
     pub(crate) want_route: Option<mpsc::Sender<NodeId>>,
+    /// To the generator's thread, if one is registered.
+    pub(crate) want_random: Option<std::sync::mpsc::Sender<usize>>,
     pub(crate) alarms: mpsc::UnboundedSender<Alarm>,
     pub(crate) clock: SystemClock,
 }
@@ -272,6 +277,7 @@ impl Agent {
             Request::Route { destination, route } => {
                 self.handle(Input::Route { destination, route });
             }
+            Request::Random(bits) => self.handle(Input::Random(bits)),
         }
     }
 
@@ -322,6 +328,11 @@ impl Agent {
                 if let Some(want_route) = &self.around.want_route {
                     // A full queue means that the controller is being asked already.
                     let _ = want_route.try_send(destination);
+                }
+            }
+            Output::WantRandom { bytes } => {
+                if let Some(generator) = &self.around.want_random {
+                    let _ = generator.send(bytes);
                 }
             }
             Output::Alarm(alarm) => {

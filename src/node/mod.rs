@@ -5,6 +5,7 @@
 //! memory is wiped as its last owner goes.
 
 mod agent;
+mod generator;
 mod intake;
 mod modules;
 mod routes;
@@ -85,6 +86,14 @@ pub enum NodeError {
         module_pair: String,
         /// Why, and what to do about it.
         source: qkd_drivers::OpenError,
+    },
+    /// The generator that `[relay]` registers cannot be opened.
+    #[error("generator {path}")]
+    Generator {
+        /// The device.
+        path: String,
+        /// Why.
+        source: io::Error,
     },
     /// What applications may ask for contradicts itself.
     #[error(transparent)]
@@ -199,12 +208,16 @@ impl Node {
             tasks.spawn(routes.run(shutdown.clone()));
             want_route
         });
+        let device = config.relay.device.as_ref();
+        let generator =
+            device.map(|device| generator::start(device, backend, pool.clone(), requests.clone()));
         let around = Surroundings {
             links: links.clone(),
             stage,
             settle,
             full: full_senders,
             want_route,
+            want_random: generator.transpose()?,
             alarms,
             clock,
         };
@@ -426,7 +439,8 @@ fn kma_config(config: &Config) -> KmaConfig {
         node: config.node.id.clone(),
         neighbours: neighbours.collect(),
         remotes: remotes.collect(),
-        relay_for_others: config.node.relay_for_others,
+        // The configuration was checked when it was read.
+        relay: config.relay.policies().unwrap_or_default(),
         digest_unit_bytes: DIGEST_UNIT_BYTES,
     }
 }

@@ -69,6 +69,17 @@ pub enum RelayEncryption {
     Aes256Gcm,
 }
 
+impl RelayEncryption {
+    /// The level that a hop under this method leaves a key at.
+    #[must_use]
+    pub const fn level(self) -> SecurityLevel {
+        match self {
+            Self::OneTimePad => SecurityLevel::Qkd,
+            Self::Aes256Gcm => SecurityLevel::Any,
+        }
+    }
+}
+
 /// The security level of a key: the weakest over the origin of its bits and all that was done to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -427,6 +427,8 @@ impl Network {
                 destination,
                 route: None,
             }),
+            // No policy draws from a physical generator.
+            Output::WantRandom { .. } => None,
             Output::Alarm(alarm) => {
                 let forgery = matches!(alarm, Alarm::BadTag { .. } | Alarm::PadMisuse { .. });
                 assert!(!(forgery && self.honest), "{alarm:?} among the honest");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use qkd_kernels::Backend;
 use qkd_keyfile::{AppId, Composition, Entropy, NodeId, QkdKeyName, StreamId};
 use qkd_kma::{
-    FormattedSegment, Kma, KmaConfig, LinkConfig, Record, RemoteConfig,
+    FormattedSegment, Kma, KmaConfig, LinkConfig, Record, RelayPolicies, RemoteConfig,
     store::{Store, read_ledger},
     vault::{Vault, sim::SimDisk},
 };
@@ -153,7 +153,7 @@ fn config(names: &[&str], at: usize) -> KmaConfig {
         node: name(at),
         neighbours: before.into_iter().chain(after).collect(),
         remotes: remotes.into_iter().collect(),
-        relay_for_others: true,
+        relay: RelayPolicies::default(),
         digest_unit_bytes: 32,
     }
 }

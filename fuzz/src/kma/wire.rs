@@ -10,7 +10,7 @@ use super::Input;
 
 /// The next message of an input. `keys` are IDs that somebody knows.
 pub(super) fn message(input: &mut Input<'_>, keys: &[KsaKeyId]) -> Vec<u8> {
-    let kind = input.byte() % 20;
+    let kind = input.byte() % 22;
     let mut message = Writer {
         input,
         keys,
@@ -31,7 +31,7 @@ impl Writer<'_, '_> {
         match kind {
             // Hello: version, incarnation, boot.
             0 => {
-                self.varint(2);
+                self.varint(3);
                 self.long();
                 self.fixed();
             }
@@ -81,10 +81,17 @@ impl Writer<'_, '_> {
                 self.small_below(4);
                 self.fixed();
             }
-            // Commit, Completion: stream, segment, proof.
-            7 | 15 => {
+            // Commit: stream, segment, proof.
+            7 => {
                 self.stream();
                 self.long();
+                self.fixed();
+            }
+            // Completion: stream, segment, way, tag.
+            15 => {
+                self.stream();
+                self.long();
+                self.way();
                 self.fixed();
             }
             // Pending, Spent, SpentTaken: stream, segments.
@@ -111,16 +118,68 @@ impl Writer<'_, '_> {
                 self.list(Self::binding);
             }
             // AskBinding, AskedBindings: key IDs.
-            _ => self.list(Self::key_id),
+            18 | 19 => self.list(Self::key_id),
+            // Xor: relay, route, plan, place, ciphertext.
+            20 => {
+                self.fixed();
+                self.list(Self::node);
+                self.plan();
+                self.small();
+                let ciphertext = self.input.short();
+                self.varint(ciphertext.len() as u64);
+                self.out.extend_from_slice(ciphertext);
+            }
+            // XorTaken: relay, place.
+            _ => {
+                self.fixed();
+                self.small();
+            }
         }
     }
 
-    /// Header (session, sequence, route, segment, three lists of spans), ciphertext, tag.
+    /// A level and hops.
+    fn way(&mut self) {
+        self.small_below(2);
+        self.list(|w| {
+            w.node();
+            w.node();
+            w.small();
+            w.small_below(2);
+        });
+    }
+
+    /// Perhaps a centre, and whether there are random bits.
+    fn plan(&mut self) {
+        if self.small_below(2) == 1 {
+            self.node();
+        }
+        self.small_below(2);
+    }
+
+    /// Pad, a batch's number, or a reservation.
+    fn cargo(&mut self) {
+        match self.small_below(3) {
+            0 => {}
+            1 => self.long(),
+            _ => {
+                self.fixed();
+                if self.small_below(2) == 1 {
+                    self.plan();
+                }
+                self.way();
+            }
+        }
+    }
+
+    /// Header (session, sequence, route, segment, fallback, cargo, three lists of spans), ciphertext,
+    /// tag.
     fn relay(&mut self) {
         let before = std::mem::take(&mut self.out);
         (0..2).for_each(|_| self.long());
         self.list(Self::node);
         self.long();
+        self.small_below(2);
+        self.cargo();
         (0..3).for_each(|_| self.list(Self::span));
         let header = std::mem::replace(&mut self.out, before);
         self.varint(header.len() as u64);
@@ -223,12 +282,13 @@ impl Writer<'_, '_> {
     }
 
     fn small(&mut self) {
-        self.small_below(8);
+        let _ = self.small_below(8);
     }
 
-    fn small_below(&mut self, bound: u8) {
+    fn small_below(&mut self, bound: u8) -> u8 {
         let value = self.input.byte() % bound;
         self.out.push(value);
+        value
     }
 
     fn one_of(&mut self, names: &[&'static str]) -> &'static str {

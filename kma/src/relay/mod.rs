@@ -1,34 +1,51 @@
-//! Key relay (Y.3803 clause 8.2.3; clause 9, case 2): random bits of the source, carried hop by hop
-//! under one-time pad, checked end to end before anyone may use them.
+//! Key relay (Y.3803 clauses 8.2.3 and 9): units travel to another KMA and are checked end to end
+//! before anyone may use them.
 //!
 //! A *unit* is [`UNIT_HEAD_BYTES`] of check bits (POLYVAL key, mask 1, mask 2) and the key data. The
 //! destination stores it and sends a *completion* over all its bits under mask 1; the source stores
 //! it and sends the *release*, mask 2. A unit whose relay failed, or took too long, is discarded and
 //! never sent again.
+//!
+//! How the bits get to the destination is the scheme's: [`random`] (case 2), [`link_key`] (case 1),
+//! [`xor`] (Fig. 7 and 8, with [`gather`] at the destination and [`centre`] in the middle). Bits that
+//! a scheme uses otherwise than as pad of one hop are *reserved* first, at both ends of their link.
 
+mod centre;
 mod destination;
+mod gather;
+mod link_key;
+mod physical;
+mod random;
+mod route;
 mod source;
 mod transit;
 mod unit;
+mod xor;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use qkd_keyfile::{Entropy, LinkId, Mono, NodeId, SegmentNumber, StreamId};
+use qkd_keyfile::{Entropy, KmaKeyId, LinkId, Mono, NodeId, SegmentNumber, StreamId};
+use qkd_secmem::KeyBuf;
 
 use crate::{
-    hop::{self, HopError},
+    hop::{self, Arrived, HopError},
     io::{Alarm, Cx, KmaConfig, SupplyOrder},
     session::Session,
     stock::{StockStatus, Stocks},
     store::{NewSegment, Store},
     supply::Asked,
-    wire::{Message, SealedHop},
+    wire::{Message, RelayHeader, ReservedFor, SealedHop, XorPart},
 };
 
+pub(crate) use route::stream_of;
+pub(crate) use source::Completion;
 pub(crate) use unit::{completion_again, release_again, release_fits};
 
+use physical::Physical;
+use route::{is_short_enough, is_simple, next_of, place_after, place_in};
 use source::Source;
 use transit::Transits;
+use xor::Xors;
 
 /// Bytes at the head of a unit that are never supplied.
 pub(crate) const UNIT_HEAD_BYTES: u32 = 48;
@@ -36,15 +53,18 @@ pub(crate) const UNIT_HEAD_BYTES: u32 = 48;
 /// A unit that is not complete after this time is discarded, wherever it is.
 const UNIT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// KMAs on one route, at most.
-const ROUTE_MAX: usize = 16;
+/// What waits here of one neighbour, at most, of each kind; the rest fails at once. Each has its own
+/// share, so that none can fill the way for the others.
+const WAITING_MAX: usize = 64;
 
-/// The relay side of a KMA: source, way station and destination.
+/// The relay side of a KMA: source, way station, centre and destination.
 #[derive(Debug)]
 pub(crate) struct Relay {
     source: Source,
     transits: Transits,
     stocks: Stocks,
+    xors: Xors,
+    physical: Physical,
 }
 
 impl Relay {
@@ -53,12 +73,19 @@ impl Relay {
             source: Source::new(config, incarnation),
             transits: Transits::default(),
             stocks: Stocks::new(config),
+            xors: Xors::default(),
+            physical: Physical::default(),
         }
     }
 
     /// The controller's answer.
     pub(crate) fn routed(&mut self, destination: &NodeId, route: Option<Vec<NodeId>>) {
         self.source.routed(destination, route);
+    }
+
+    /// Bits of the physical generator.
+    pub(crate) fn random(&mut self, bits: KeyBuf) {
+        self.physical.add(bits);
     }
 
     /// Starts, gives up and carries on what is due.
@@ -76,7 +103,16 @@ impl Relay {
         }
         let stocks = &mut self.stocks;
         self.transits.carry_on(cx, config, sessions, stocks);
-        self.source.poll(cx, config, sessions, entropy, stocks);
+        self.xors.poll(cx, config, sessions, stocks);
+        let around = source::Around {
+            config,
+            sessions,
+            entropy,
+            stocks,
+            physical: &mut self.physical,
+            xors: &mut self.xors,
+        };
+        self.source.poll(cx, around);
     }
 
     /// Shares out the pad of a link among all that would send a unit over it.
@@ -94,12 +130,29 @@ impl Relay {
         if sessions.get(next).is_some_and(|s| s.open_id().is_some()) {
             wants = self.source.wants(cx, config, sessions, &self.stocks, next);
             wants.extend(self.transits.wants(cx.me, next));
+            wants.extend(self.xors.wants(cx.me, next));
         }
         // What a hop asks for beyond its unit must be there too, or turns would be given that cannot
         // be taken, and taken in another order than given.
         let aside_bytes = floor_bytes.saturating_add(hop::METADATA_ALLOWANCE_BYTES);
         let free_bytes = pad_bytes.saturating_sub(aside_bytes);
         self.stocks.share_out(next, free_bytes, wants);
+    }
+
+    /// Sends on what waits, after something has come that goes to `next`.
+    fn carry_on(
+        &mut self,
+        cx: &mut Cx<'_>,
+        config: &KmaConfig,
+        sessions: &mut BTreeMap<NodeId, Session>,
+        next: Option<NodeId>,
+    ) {
+        if let Some(next) = next {
+            self.share_out(cx, config, sessions, &next);
+        }
+        let stocks = &mut self.stocks;
+        self.transits.carry_on(cx, config, sessions, stocks);
+        self.xors.poll(cx, config, sessions, stocks);
     }
 
     /// Applications asked for keys: the stock follows.
@@ -138,44 +191,99 @@ impl Relay {
         let Some(session) = sessions.get_mut(peer) else {
             return;
         };
-        let (header, key_file) = match hop::receive(cx, session, peer, hop) {
+        let arrived = match hop::receive(cx, session, peer, hop) {
             Ok(Some(arrived)) => arrived,
             Ok(None) => return,
             Err(error) => return refused(cx, peer, &error),
         };
-        let me = is_simple(&header.route).then(|| place_in(&header.route, cx.me));
-        let Some(at) = me
-            .flatten()
-            .filter(|&at| header.route[..at].last() == Some(peer))
-        else {
+        let (Arrived::File(header, _) | Arrived::Reserved(header, ..)) = &arrived;
+        let Some(at) = place_after(config, &header.route, peer) else {
             tracing::warn!(%peer, route = ?header.route, "unit on a route that does not lead here");
-            return;
+            return refuse_back(cx, peer, header);
         };
-        if at + 1 == header.route.len() {
-            destination::arrived(cx, sessions, &header, &key_file);
-        } else if config.relay_for_others {
-            let next = next_of(&header.route, cx.me);
-            self.transits.push(cx, peer, header, key_file);
-            if let Some(next) = next {
-                self.share_out(cx, config, sessions, &next);
-            }
-            self.transits
-                .carry_on(cx, config, sessions, &mut self.stocks);
-        } else {
-            send_back(cx, &header.route, header.segment);
+        let (source, last) = (&header.route[0], header.route.len() - 1);
+        let transit = config.relay.of(source, &header.route[last]).transit;
+        if !is_short_enough(config, &header.route) || (at < last && !transit) {
+            return send_back(cx, &header.route, header.segment);
         }
+        match arrived {
+            Arrived::File(header, file) if at == last => {
+                destination::file_arrived(cx, config, sessions, &header, &file);
+            }
+            Arrived::File(header, file) => {
+                let next = next_of(&header.route, cx.me);
+                self.transits.push(cx, peer, header, file);
+                self.carry_on(cx, config, sessions, next);
+            }
+            Arrived::Reserved(header, reservation, bits) => match &reservation.scheme {
+                ReservedFor::LinkKey if at == 1 => {
+                    let Some(file) = link_key::reserved(cx, &header, &reservation, &bits) else {
+                        return send_back(cx, &header.route, header.segment);
+                    };
+                    if at == last {
+                        destination::file_arrived(cx, config, sessions, &header, &file);
+                    } else {
+                        let next = next_of(&header.route, cx.me);
+                        self.transits.push(cx, peer, header, file);
+                        self.carry_on(cx, config, sessions, next);
+                    }
+                }
+                ReservedFor::LinkKey => send_back(cx, &header.route, header.segment),
+                ReservedFor::Xor(_) => {
+                    let next = next_of(&header.route, cx.me);
+                    let place = (peer, at);
+                    self.xors
+                        .reserved(cx, config, sessions, place, header, reservation, bits);
+                    self.carry_on(cx, config, sessions, next);
+                }
+            },
+        }
+    }
+
+    /// A neighbour has acknowledged a hop: XORs that waited for it may leave.
+    pub(crate) fn hop_taken(
+        &mut self,
+        cx: &mut Cx<'_>,
+        config: &KmaConfig,
+        sessions: &mut BTreeMap<NodeId, Session>,
+    ) {
+        let stocks = &mut self.stocks;
+        self.xors.poll(cx, config, sessions, stocks);
+    }
+
+    /// An XOR of two keys has come.
+    pub(crate) fn xor(
+        &mut self,
+        cx: &mut Cx<'_>,
+        config: &KmaConfig,
+        sessions: &mut BTreeMap<NodeId, Session>,
+        peer: &NodeId,
+        part: XorPart,
+    ) {
+        let stocks = &mut self.stocks;
+        self.xors.part(cx, config, sessions, peer, part, stocks);
+    }
+
+    /// The other end has an XOR, or does not want it any more.
+    pub(crate) fn xor_taken(&mut self, peer: &NodeId, relay: KmaKeyId, place: u8) {
+        self.xors.taken(peer, relay, place);
     }
 
     /// The destination holds a unit; or says so again.
     pub(crate) fn completed(
         &mut self,
         cx: &mut Cx<'_>,
+        config: &KmaConfig,
         peer: &NodeId,
-        segment: SegmentNumber,
-        tag: &[u8; 16],
+        completion: Completion,
     ) {
-        self.source
-            .completed(cx, peer, segment, tag, &mut self.stocks);
+        let stocks = &mut self.stocks;
+        self.source.completed(cx, config, peer, completion, stocks);
+    }
+
+    /// The source has given a unit up.
+    pub(crate) fn void(&mut self, stream: &StreamId, segment: SegmentNumber) {
+        self.xors.void(stream, segment);
     }
 
     /// A unit could not be carried by `peer`, or further on. Only the KMA that a unit was sent to
@@ -193,6 +301,7 @@ impl Relay {
         } else if route.first() == Some(cx.me) {
             self.source.failed(cx, route, segment);
         } else {
+            self.xors.failed(route, segment);
             send_back(cx, route, segment);
         }
     }
@@ -203,14 +312,6 @@ impl Relay {
     }
 }
 
-/// The end-to-end stream from here.
-pub(crate) fn stream_of(me: &NodeId, destination: &NodeId) -> StreamId {
-    StreamId::EndToEnd {
-        source: me.clone(),
-        destination: destination.clone(),
-    }
-}
-
 fn refused(cx: &mut Cx<'_>, peer: &NodeId, error: &HopError) {
     tracing::warn!(%peer, %error, "hop refused");
     let peer = peer.clone();
@@ -218,6 +319,17 @@ fn refused(cx: &mut Cx<'_>, peer: &NodeId, error: &HopError) {
         HopError::BadTag => cx.alarm(Alarm::BadTag { peer }),
         HopError::Misuse(_) => cx.alarm(Alarm::PadMisuse { peer }),
         HopError::Malformed | HopError::Memory | HopError::Short | HopError::Read => {}
+    }
+}
+
+/// A neighbour that sends a unit where it cannot go on is told, if the route says that it was it.
+fn refuse_back(cx: &mut Cx<'_>, peer: &NodeId, header: &RelayHeader) {
+    let at = place_in(&header.route, cx.me);
+    let before = at
+        .and_then(|at| at.checked_sub(1))
+        .map(|at| &header.route[at]);
+    if is_simple(&header.route) && before == Some(peer) {
+        send_back(cx, &header.route, header.segment);
     }
 }
 
@@ -243,24 +355,4 @@ fn send_back(cx: &mut Cx<'_>, route: &[NodeId], segment: SegmentNumber) {
         };
         cx.send(previous, &message);
     }
-}
-
-/// At least two nodes, not too many, none twice.
-fn is_simple(route: &[NodeId]) -> bool {
-    let bounded = (2..=ROUTE_MAX).contains(&route.len());
-    let distinct = || {
-        route
-            .iter()
-            .collect::<std::collections::BTreeSet<_>>()
-            .len()
-    };
-    bounded && distinct() == route.len()
-}
-
-fn place_in(route: &[NodeId], node: &NodeId) -> Option<usize> {
-    route.iter().position(|other| other == node)
-}
-
-fn next_of(route: &[NodeId], me: &NodeId) -> Option<NodeId> {
-    route.get(place_in(route, me)? + 1).cloned()
 }

@@ -1,23 +1,29 @@
-//! The source of units: random bits towards every remote KMA, ahead of demand.
+//! The source of units: stock towards every remote KMA, ahead of demand.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use qkd_keyfile::{
     Entropy, KmaKeyId, Mono, NodeId, SegmentNumber,
-    metadata::{KeyType, RelayedKeyMetadata, SecurityLevel},
+    metadata::{KeyType, RelayEncryption, SecurityLevel},
 };
 use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
 
 use super::{
-    UNIT_HEAD_BYTES, UNIT_TIMEOUT, is_simple, next_of, store_unit, stream_of,
+    UNIT_HEAD_BYTES, UNIT_TIMEOUT, link_key,
+    physical::Physical,
+    random,
+    route::first_hop,
+    store_unit, stream_of,
     unit::{self, completion_tag, release_again},
+    xor::Xors,
 };
 use crate::{
     digest::unit_key_id,
     hop::{self, HopError, Leg},
     io::{Alarm, Cx, KmaConfig, Output, RemoteConfig},
-    record::{DiscardReason, Stage},
+    policy::{RandomSource, RelayScheme},
+    record::{DiscardReason, RelayedWay, Stage},
     session::Session,
     stock::{Flow, Stocks, Want},
     store::NewSegment,
@@ -32,6 +38,36 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fr
 
 /// How long an answer about a route is waited for before it is asked again.
 const ROUTE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the source works with besides the store.
+pub(super) struct Around<'a> {
+    pub(super) config: &'a KmaConfig,
+    pub(super) sessions: &'a mut BTreeMap<NodeId, Session>,
+    pub(super) entropy: &'a mut dyn Entropy,
+    pub(super) stocks: &'a mut Stocks,
+    pub(super) physical: &'a mut Physical,
+    pub(super) xors: &'a mut Xors,
+}
+
+/// A unit that is about to leave.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Departure<'a> {
+    /// Its first hop.
+    pub(super) leg: Leg<'a>,
+    /// Its length, check bits and all.
+    pub(super) len_bytes: u32,
+    /// Its ID, and that of its relay.
+    pub(super) kma_key_id: KmaKeyId,
+}
+
+/// A destination's word that it holds a unit.
+#[derive(Debug)]
+pub(crate) struct Completion {
+    pub(crate) segment: SegmentNumber,
+    /// How the unit came there.
+    pub(crate) way: RelayedWay,
+    pub(crate) tag: [u8; 16],
+}
 
 /// All destinations.
 #[derive(Debug)]
@@ -57,8 +93,6 @@ struct Departed {
     unit: KeyBuf,
     kma_key_id: KmaKeyId,
     level: SecurityLevel,
-    /// Of its first hop.
-    metadata: Option<RelayedKeyMetadata>,
     at: Mono,
 }
 
@@ -124,16 +158,9 @@ impl Source {
     }
 
     /// Starts what is due and has its turn.
-    pub(super) fn poll(
-        &mut self,
-        cx: &mut Cx<'_>,
-        config: &KmaConfig,
-        sessions: &mut BTreeMap<NodeId, Session>,
-        entropy: &mut dyn Entropy,
-        stocks: &mut Stocks,
-    ) {
+    pub(super) fn poll(&mut self, cx: &mut Cx<'_>, mut around: Around<'_>) {
         for destination in self.remotes.keys().cloned().collect::<Vec<_>>() {
-            while self.start(cx, config, sessions, entropy, &destination, stocks) {}
+            while self.start(cx, &mut around, &destination) {}
         }
     }
 
@@ -168,11 +195,13 @@ impl Source {
     ) -> Vec<Want> {
         let want = |(destination, remote): (&NodeId, &Remote)| {
             let route = remote.route.as_ref()?;
-            (next_hop(config, route, cx.me, destination).as_ref() == Some(next)).then_some(())?;
+            let policy = config.relay.of(cx.me, destination);
+            let len_bytes = UNIT_HEAD_BYTES.saturating_add(remote.config.unit_bytes);
+            (first_hop(config, route, destination).as_ref() == Some(next)).then_some(())?;
             Some(Want {
                 flow: Flow::Own(destination.clone()),
                 units: remote.missing_units(cx, sessions, stocks, destination),
-                unit_bytes: u64::from(remote.config.unit_bytes + UNIT_HEAD_BYTES),
+                unit_bytes: need_bytes(len_bytes, &policy.scheme),
             })
         };
         self.remotes.iter().filter_map(want).collect()
@@ -202,20 +231,13 @@ impl Source {
     }
 
     /// Sends one unit if the stock is below its target, it is its turn, and nothing stands in the way.
-    fn start(
-        &mut self,
-        cx: &mut Cx<'_>,
-        config: &KmaConfig,
-        sessions: &mut BTreeMap<NodeId, Session>,
-        entropy: &mut dyn Entropy,
-        destination: &NodeId,
-        stocks: &mut Stocks,
-    ) -> bool {
+    fn start(&mut self, cx: &mut Cx<'_>, around: &mut Around<'_>, destination: &NodeId) -> bool {
         let Some(remote) = self.remotes.get_mut(destination) else {
             return false;
         };
+        let config = around.config;
         let stream = stream_of(cx.me, destination);
-        if remote.missing_units(cx, sessions, stocks, destination) == 0 {
+        if remote.missing_units(cx, around.sessions, around.stocks, destination) == 0 {
             return false;
         }
         let Some(route) = remote.route.clone() else {
@@ -230,70 +252,77 @@ impl Source {
             }
             return false;
         };
-        let Some(next) = next_hop(config, &route, cx.me, destination) else {
-            tracing::warn!(%destination, ?route, "route does not lead from here over a neighbour to there");
+        let Some(next) = first_hop(config, &route, destination) else {
+            tracing::warn!(%destination, ?route, "route does not lead from here over a neighbour to there, or is too long");
             remote.route.clone_from(&remote.config.route);
             remote.paused_until = cx.now.mono.after(BACK_OFF.1);
             return false;
         };
         let flow = Flow::Own(destination.clone());
-        if !stocks.has_turn(&next, &flow) {
-            return false;
-        }
-        let floor = config.neighbours.get(&next).map_or(0, |l| l.floor_bytes);
-        let unit_bytes = UNIT_HEAD_BYTES.saturating_add(remote.config.unit_bytes) as usize;
-        // The random bits come last: nothing is drawn for a unit that cannot leave.
-        let Some(session) = sessions.get_mut(&next) else {
+        let policy = config.relay.of(cx.me, destination);
+        let floor_bytes = config.neighbours.get(&next).map_or(0, |l| l.floor_bytes);
+        let len_bytes = UNIT_HEAD_BYTES.saturating_add(remote.config.unit_bytes);
+        let Some(session) = around.sessions.get_mut(&next) else {
             return false;
         };
-        let (Some(()), Ok(mut unit)) = (
-            hop::ready(cx, session, &next, unit_bytes, floor),
-            cx.store.pool().take(unit_bytes),
-        ) else {
-            return false;
-        };
-        entropy.fill(unit.expose_mut());
-        let segment = cx.store.propose(&stream, None);
-        let kma_key_id = unit_key_id(cx.me, destination, self.incarnation, segment);
-        let metadata = unit::departure(cx, &route, kma_key_id, &unit);
-        let leg = Leg {
+        let mut leg = Leg {
             next: &next,
-            floor_bytes: floor,
+            floor_bytes,
             route: &route,
-            segment,
+            segment: SegmentNumber(0),
+            may_fall_back: policy.allows_aes(),
+            falls_back: policy.allows_aes(),
         };
-        let sent = unit::key_file(cx, metadata.clone(), unit.expose())
-            .ok_or(HopError::Memory)
-            .and_then(|file| hop::send(cx, session, leg, file));
-        if let Err(error) = sent {
-            tracing::debug!(%destination, %error, "unit could not leave");
-            cx.store
-                .discard(&stream, segment, DiscardReason::RelayFailed);
-            remote.pause(cx.now.mono);
+        let has_turn = around.stocks.has_turn(&next, &flow);
+        if !is_ready(cx, session, leg, len_bytes, &policy.scheme, has_turn)
+            || (policy.scheme.random() == Some(RandomSource::Physical)
+                && !around.physical.has(cx, len_bytes as usize))
+        {
             return false;
         }
-        let departed = Departed {
-            route,
-            unit,
-            kma_key_id,
-            level: SecurityLevel::Any,
-            metadata: Some(metadata),
-            at: cx.now.mono,
+        let segment = cx.store.propose(&stream, None);
+        leg.segment = segment;
+        let departure = Departure {
+            leg,
+            len_bytes,
+            kma_key_id: unit_key_id(cx.me, destination, self.incarnation, segment),
         };
-        remote.on_the_way.insert(segment, departed);
-        stocks.sent(&next, &flow);
-        true
+        let entropy: &mut dyn Entropy = &mut *around.entropy;
+        let parts = (entropy, &mut *around.physical, &mut *around.xors);
+        match depart(cx, session, &departure, &policy.scheme, parts) {
+            Ok((unit, level)) => {
+                let kma_key_id = departure.kma_key_id;
+                let departed = Departed {
+                    route,
+                    unit,
+                    kma_key_id,
+                    level,
+                    at: cx.now.mono,
+                };
+                remote.on_the_way.insert(segment, departed);
+                around.stocks.sent(&next, &flow);
+                true
+            }
+            Err(error) => {
+                tracing::debug!(%destination, %error, "unit could not leave");
+                let reason = DiscardReason::RelayFailed;
+                cx.store.discard(&stream, segment, reason);
+                remote.pause(cx.now.mono);
+                false
+            }
+        }
     }
 
     /// The destination holds a unit; or says so again.
     pub(super) fn completed(
         &mut self,
         cx: &mut Cx<'_>,
+        config: &KmaConfig,
         peer: &NodeId,
-        segment: SegmentNumber,
-        tag: &[u8; 16],
+        completion: Completion,
         stocks: &mut Stocks,
     ) {
+        let Completion { segment, way, tag } = completion;
         let stream = stream_of(cx.me, peer);
         let Some(remote) = self.remotes.get_mut(peer) else {
             return;
@@ -302,8 +331,9 @@ impl Source {
             release_again(cx, &stream, segment);
             return;
         };
-        let expected = completion_tag(cx, departed.unit.expose(), departed.kma_key_id);
-        if !bool::from(expected.ct_eq(tag)) {
+        let bytes = departed.unit.expose();
+        let expected = completion_tag(cx, bytes, departed.kma_key_id, &way);
+        if !bool::from(expected.ct_eq(&tag)) {
             remote.pause(cx.now.mono);
             cx.store.discard(&stream, segment, DiscardReason::Mismatch);
             cx.alarm(Alarm::UnitMismatch {
@@ -313,21 +343,25 @@ impl Source {
             cx.send(peer, &Message::Void { stream, segment });
             return;
         }
-        remote.pause = BACK_OFF.0;
+        let level = departed.level.min(way.weakest());
+        let (route, id) = (&departed.route, departed.kma_key_id);
+        let relayed = unit::metadata(cx, route, id, bytes.len(), way);
         let new = NewSegment {
             stream: stream.clone(),
             number: segment,
             stage: Stage::Confirmed,
             key_type: KeyType::Encrypting,
-            total_bits: u32::try_from(departed.unit.len_bytes() * 8).unwrap_or(u32::MAX),
+            total_bits: u32::try_from(bytes.len() * 8).unwrap_or(u32::MAX),
             head_bytes: UNIT_HEAD_BYTES,
-            level: departed.level,
+            level,
             kma_key_id: departed.kma_key_id,
             composition: None,
-            key: departed.unit.expose(),
-            relayed: departed.metadata.as_ref(),
+            key: bytes,
+            relayed: Some(&relayed),
         };
-        if store_unit(cx, new) {
+        let is_worth_it = level >= config.relay.of(cx.me, peer).level;
+        if is_worth_it && store_unit(cx, new) {
+            remote.pause = BACK_OFF.0;
             stocks.arrived(peer, cx.now.mono.since(departed.at));
             release_again(cx, &stream, segment);
         } else {
@@ -364,13 +398,57 @@ impl Source {
     }
 }
 
-/// The route's second node, if the route leads from here over a neighbour to the destination.
-fn next_hop(
-    config: &KmaConfig,
-    route: &[NodeId],
-    me: &NodeId,
-    destination: &NodeId,
-) -> Option<NodeId> {
-    let fits = route.first() == Some(me) && route.last() == Some(destination) && is_simple(route);
-    next_of(route, me).filter(|next| fits && config.neighbours.contains_key(next))
+/// Bits of the first link that a unit takes, besides tags and metadata.
+fn need_bytes(len_bytes: u32, scheme: &RelayScheme) -> u64 {
+    let twice = scheme.random() == Some(RandomSource::Qkd);
+    u64::from(len_bytes) * (1 + u64::from(twice))
+}
+
+/// Whether a unit can leave now: in its turn, with enough of the first link for its scheme; or under
+/// AES, which is no turn's, where there is not.
+fn is_ready(
+    cx: &Cx<'_>,
+    session: &Session,
+    leg: Leg<'_>,
+    len_bytes: u32,
+    scheme: &RelayScheme,
+    has_turn: bool,
+) -> bool {
+    let relays_random = matches!(scheme, RelayScheme::Random(_));
+    let takes_none = scheme.random() != Some(RandomSource::Qkd);
+    let leg = Leg {
+        falls_back: leg.falls_back && relays_random && takes_none,
+        ..leg
+    };
+    let need = usize::try_from(need_bytes(len_bytes, scheme)).unwrap_or(usize::MAX);
+    match hop::method(cx, session, leg, need) {
+        Some(RelayEncryption::OneTimePad) => has_turn,
+        Some(_) => true,
+        None => false,
+    }
+}
+
+/// Sends a unit on its way by its scheme. Returns its bits and their level so far.
+fn depart(
+    cx: &mut Cx<'_>,
+    session: &mut Session,
+    departure: &Departure<'_>,
+    scheme: &RelayScheme,
+    (entropy, physical, xors): (&mut dyn Entropy, &mut Physical, &mut Xors),
+) -> Result<(KeyBuf, SecurityLevel), HopError> {
+    let random = scheme
+        .random()
+        .map(|source| random::draw(cx, source, departure, (entropy, physical)))
+        .transpose()?;
+    let centre = match scheme {
+        RelayScheme::AtCentre { centre, .. } => Some(centre),
+        _ => None,
+    };
+    match (scheme, random) {
+        (RelayScheme::Random(_), Some(bits)) => random::depart(cx, session, departure, bits),
+        (RelayScheme::LinkKey | RelayScheme::Random(_), _) => {
+            link_key::depart(cx, session, departure)
+        }
+        (_, random) => xors.depart(cx, session, departure, centre, random),
+    }
 }

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use qkd_keyfile::{KeyFile, KeyMetadata, Mono, NodeId, SegmentNumber};
+use qkd_keyfile::{KeyFile, KeyMetadata, Mono, NodeId, SegmentNumber, metadata::RelayEncryption};
 use qkd_secmem::KeyBuf;
 
-use super::{UNIT_TIMEOUT, next_of, send_back, unit};
+use super::{UNIT_TIMEOUT, WAITING_MAX, next_of, send_back, unit};
 use crate::{
     hop::{self, HopError, Leg},
     io::{Cx, KmaConfig},
@@ -13,10 +13,6 @@ use crate::{
     stock::{Flow, Stocks, Want},
     wire::RelayHeader,
 };
-
-/// Units from one neighbour that wait here for pad, at most; the rest fail at once. Each has its
-/// own share, so that none can fill the way for the others.
-const TRANSIT_MAX: usize = 64;
 
 /// Units that wait for pad, in order of arrival.
 #[derive(Debug, Default)]
@@ -28,6 +24,7 @@ struct Transit {
     from: NodeId,
     route: Vec<NodeId>,
     segment: SegmentNumber,
+    may_fall_back: bool,
     key_file: KeyBuf,
     arrived: Mono,
 }
@@ -46,13 +43,14 @@ impl Transits {
         header: RelayHeader,
         key_file: KeyBuf,
     ) {
-        if self.0.iter().filter(|t| t.from == *from).count() >= TRANSIT_MAX {
+        if self.0.iter().filter(|t| t.from == *from).count() >= WAITING_MAX {
             return send_back(cx, &header.route, header.segment);
         }
         self.0.push_back(Transit {
             from: from.clone(),
             route: header.route,
             segment: header.segment,
+            may_fall_back: header.may_fall_back,
             key_file,
             arrived: cx.now.mono,
         });
@@ -101,12 +99,15 @@ impl Transits {
                 continue;
             }
             let flow = transit.flow();
-            if blocked.contains(&next) || !stocks.has_turn(&next, &flow) {
+            let has_turn = stocks.has_turn(&next, &flow);
+            if blocked.contains(&next) {
                 waiting.push_back(transit);
-            } else if onward(cx, config, sessions, &transit, &next) {
+            } else if onward(cx, config, sessions, &transit, &next, has_turn) {
                 stocks.sent(&next, &flow);
             } else {
-                blocked.push(next);
+                if has_turn {
+                    blocked.push(next);
+                }
                 waiting.push_back(transit);
             }
         }
@@ -121,8 +122,8 @@ fn onward(
     sessions: &mut BTreeMap<NodeId, Session>,
     transit: &Transit,
     next: &NodeId,
+    has_turn: bool,
 ) -> bool {
-    let floor = config.neighbours.get(next).map_or(0, |l| l.floor_bytes);
     let Ok(KeyFile {
         metadata: KeyMetadata::Relayed(metadata),
         key,
@@ -135,17 +136,23 @@ fn onward(
     let Some(session) = sessions.get_mut(next) else {
         return false;
     };
-    let metadata = unit::one_hop_on(cx, metadata, &transit.route);
+    let ends = transit.route.first().zip(transit.route.last());
+    let leg = Leg {
+        next,
+        floor_bytes: config.neighbours.get(next).map_or(0, |l| l.floor_bytes),
+        route: &transit.route,
+        segment: transit.segment,
+        may_fall_back: transit.may_fall_back,
+        falls_back: ends.is_some_and(|(a, b)| config.relay.of(a, b).aes_fallback),
+    };
+    let method = hop::method(cx, session, leg, key.len());
+    // AES, for want of pad, is no turn's.
+    let Some(method) = method.filter(|m| has_turn || *m != RelayEncryption::OneTimePad) else {
+        return false;
+    };
+    let metadata = unit::one_hop_on(cx, metadata, &transit.route, method);
     let sent = unit::key_file(cx, metadata, key)
         .ok_or(HopError::Memory)
-        .and_then(|file| {
-            let leg = Leg {
-                next,
-                floor_bytes: floor,
-                route: &transit.route,
-                segment: transit.segment,
-            };
-            hop::send(cx, session, leg, file)
-        });
+        .and_then(|file| hop::send(cx, session, leg, method, file));
     sent.is_ok()
 }

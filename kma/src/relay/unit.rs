@@ -2,58 +2,60 @@
 
 use qkd_keyfile::{
     KeyFile, KeyMetadata, KeySpan, KmaKeyId, NodeId, SegmentNumber, StreamId,
-    metadata::{
-        KeyType, KmaKeyMetadata, RelayEncryption, RelayHop, RelayedKeyMetadata, SecurityLevel,
-    },
+    metadata::{KeyType, KmaKeyMetadata, RelayEncryption, RelayHop, RelayedKeyMetadata},
 };
 use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
 
 use super::{UNIT_HEAD_BYTES, next_of};
-use crate::{io::Cx, wire::Message};
+use crate::{io::Cx, record::RelayedWay, wire::Message};
 
 /// Which half of the end-to-end check a tag is.
-const ROLE_COMPLETION: &[u8] = b"qkd-bridge/completion/1";
+const ROLE_COMPLETION: &[u8] = b"qkd-bridge/completion/2";
 
-/// Metadata of a unit that leaves its source (Y.3803 clause 8.2.3 and Table 1 (3)).
-pub(super) fn departure(
+/// Metadata of a unit that came, or will go, this way (Y.3803 clause 8.2.3 and Table 1 (3)): the
+/// standard items say the last hop.
+pub(super) fn metadata(
     cx: &Cx<'_>,
     route: &[NodeId],
     kma_key_id: KmaKeyId,
-    unit: &KeyBuf,
+    len_bytes: usize,
+    way: RelayedWay,
 ) -> RelayedKeyMetadata {
     let destination = route.last().unwrap_or(cx.me).clone();
     let kma_key = KmaKeyMetadata {
-        key_bits: u32::try_from(unit.len_bytes() * 8).ok(),
+        key_bits: u32::try_from(len_bytes * 8).ok(),
         key_type: Some(KeyType::Encrypting),
-        kma: Some(cx.me.clone()),
+        kma: route.first().cloned(),
         generated_at: Some(cx.now.unix),
         ..KmaKeyMetadata::new(kma_key_id, destination)
     };
-    let first = RelayedKeyMetadata {
-        source_kma: None,
-        destination_kma: None,
-        relayed_at: None,
-        encryption: None,
+    let last = way.hops.last();
+    RelayedKeyMetadata {
+        source_kma: last.map(|hop| hop.from.clone()),
+        destination_kma: last.map(|hop| hop.to.clone()),
+        relayed_at: last.map(|hop| hop.at),
+        encryption: last.map(|hop| hop.encryption),
         kma_key,
-        level: SecurityLevel::Any,
-        hops: Vec::new(),
-    };
-    one_hop_on(cx, first, route)
+        level: way.level,
+        hops: way.hops,
+    }
 }
 
-/// The relay information of the next hop: replaced in the standard items, appended to the history.
+/// The relay information of the next hop: replaced in the standard items, appended to the history;
+/// the level falls to that of the method (Req_KMA1).
 pub(super) fn one_hop_on(
     cx: &Cx<'_>,
     mut metadata: RelayedKeyMetadata,
     route: &[NodeId],
+    encryption: RelayEncryption,
 ) -> RelayedKeyMetadata {
     let to = next_of(route, cx.me).unwrap_or_else(|| cx.me.clone());
-    let encryption = RelayEncryption::OneTimePad;
     metadata.source_kma = Some(cx.me.clone());
     metadata.destination_kma = Some(to.clone());
     metadata.relayed_at = Some(cx.now.unix);
     metadata.encryption = Some(encryption);
+    metadata.level = metadata.level.min(encryption.level());
     metadata.hops.push(RelayHop {
         from: cx.me.clone(),
         to,
@@ -78,12 +80,21 @@ pub(super) fn key_file(cx: &Cx<'_>, metadata: RelayedKeyMetadata, unit: &[u8]) -
     Some(whole)
 }
 
-/// POLYVAL_H over all of the unit after its head, its ID and its role, under mask 1.
-pub(super) fn completion_tag(cx: &Cx<'_>, unit: &[u8], kma_key_id: KmaKeyId) -> [u8; 16] {
+/// POLYVAL_H over all of the unit after its head, its ID, its way and its role, under mask 1.
+pub(super) fn completion_tag(
+    cx: &Cx<'_>,
+    unit: &[u8],
+    kma_key_id: KmaKeyId,
+    way: &RelayedWay,
+) -> [u8; 16] {
     let (head, rest) = unit.split_at(UNIT_HEAD_BYTES as usize);
     let mut h = [0; 16];
     h.copy_from_slice(&head[..16]);
-    let aad = [ROLE_COMPLETION, &kma_key_id.0].concat();
+    let way = match postcard::to_allocvec(way) {
+        Ok(bytes) => bytes,
+        Err(error) => unreachable!("names encode into memory: {error}"),
+    };
+    let aad = [ROLE_COMPLETION, &kma_key_id.0, &way].concat();
     let mut tag = cx.backend.tag(&h, &aad, rest);
     tag.iter_mut()
         .zip(&head[16..32])
@@ -105,11 +116,14 @@ pub(crate) fn completion_again(
         offset_bytes: 0,
         len_bytes,
     };
+    let way = cx.store.way(stream, segment)?.clone();
     let unit = cx.store.read_all(stream, &[span]).ok()?;
+    let tag = completion_tag(cx, unit.expose(), kma_key_id, &way);
     Some(Message::Completion {
         stream: stream.clone(),
         segment,
-        tag: completion_tag(cx, unit.expose(), kma_key_id),
+        way,
+        tag,
     })
 }
 

@@ -75,7 +75,7 @@ impl Plant {
             node: node("here"),
             neighbours: BTreeMap::from([(node("next"), link)]),
             remotes: remotes.collect(),
-            relay_for_others: true,
+            relay: crate::RelayPolicies::default(),
             digest_unit_bytes: 4096,
         };
         let pair = |&asked_per_tick: &u64| Pair {

@@ -73,7 +73,7 @@ impl Store {
         Ok(())
     }
 
-    /// Burns bits that the matching KMA used, once and for all.
+    /// Burns bits that the matching KMA used, or reserved, once and for all.
     ///
     /// # Errors
     ///
@@ -82,13 +82,14 @@ impl Store {
         &mut self,
         stream: &StreamId,
         spans: &[KeySpan],
+        purpose: Purpose,
     ) -> Result<(), FollowError> {
         self.check_follow(stream, spans)?;
         for &span in spans {
             self.record(Record::Followed {
                 stream: stream.clone(),
                 span,
-                purpose: Purpose::Pad,
+                purpose,
             });
         }
         Ok(())

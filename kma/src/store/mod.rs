@@ -24,7 +24,7 @@ use qkd_keyfile::{
 use qkd_secmem::Pool;
 
 use crate::{
-    record::{DiscardReason, Record, Stage, StoredSegment},
+    record::{DiscardReason, Record, RelayedWay, Stage, StoredSegment},
     state::State,
     stream::{Accounts, Segment, Stream},
     vault::{RowId, Vault, VaultError},
@@ -392,6 +392,11 @@ impl Store {
             key_id,
             application: application.clone(),
         });
+    }
+
+    /// How a unit came that waits here for its release.
+    pub(crate) fn way(&self, stream: &StreamId, segment: SegmentNumber) -> Option<&RelayedWay> {
+        self.state.ways.get(stream)?.get(&segment)
     }
 
     // What there is.

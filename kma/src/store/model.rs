@@ -380,8 +380,14 @@ impl Rig {
         if may {
             segment.use_up(span);
         }
-        assert_eq!(self.store().follow(&stream, &[span]).is_ok(), may);
-        assert!(self.store().follow(&stream, &[span]).is_err(), "twice");
+        assert_eq!(
+            self.store().follow(&stream, &[span], Purpose::Pad).is_ok(),
+            may
+        );
+        assert!(
+            self.store().follow(&stream, &[span], Purpose::Pad).is_err(),
+            "twice"
+        );
     }
 
     fn burn_below(&mut self, at: usize, mark: u32) {

@@ -23,8 +23,9 @@ use qkd_keyfile::{
     metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_kma::{
-    Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, Output, Record, RemoteConfig,
-    Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
+    Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, Output, Record, RelayPolicies,
+    RelayPolicy, RemoteConfig, Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError,
+    SupplyOrder,
     store::Store,
     vault::{Vault, sim::SimDisk},
 };
@@ -94,6 +95,8 @@ pub struct Node {
     pub settled: BTreeMap<QkdKeyName, Settlement>,
     pub alarms: Vec<Alarm>,
     pub answers: BTreeMap<u64, Result<Vec<SuppliedKey>, SupplyError>>,
+    /// Bytes of the physical generator that were asked for.
+    pub wanted_random: usize,
     random: Random,
 }
 
@@ -118,6 +121,39 @@ pub fn node(name: &str) -> NodeId {
 
 pub fn app(name: &str) -> AppId {
     name.parse().unwrap()
+}
+
+/// The same relay policy at every node.
+pub fn with_policy(mut configs: Vec<KmaConfig>, policy: &RelayPolicy) -> Vec<KmaConfig> {
+    for config in &mut configs {
+        config.relay = RelayPolicies::new(policy.clone());
+    }
+    configs
+}
+
+/// A chain whose ends keep stock with each other also where they are neighbours, and a node beside it
+/// that has no link, for a centre.
+pub fn chain_and_centre(names: &[&str], centre: &str, policy: &RelayPolicy) -> Vec<KmaConfig> {
+    let mut configs = chain(names, 4096);
+    let last = names.len() - 1;
+    let route: Vec<NodeId> = names.iter().map(|n| node(n)).collect();
+    let back: Vec<NodeId> = route.iter().rev().cloned().collect();
+    for (at, way) in [(0, route), (last, back)] {
+        let remote = RemoteConfig {
+            stock: StockLimits::fixed(4096),
+            unit_bytes: 512,
+            route: Some(way.clone()),
+        };
+        configs[at].remotes.insert(way[last].clone(), remote);
+    }
+    configs.push(KmaConfig {
+        node: node(centre),
+        neighbours: BTreeMap::new(),
+        remotes: BTreeMap::new(),
+        relay: RelayPolicies::default(),
+        digest_unit_bytes: 32,
+    });
+    with_policy(configs, policy)
 }
 
 pub fn qkd_key(module_pair: &str, id: &str) -> QkdKeyName {
@@ -168,7 +204,7 @@ pub fn chain(names: &[&str], target_bytes: u64) -> Vec<KmaConfig> {
             node: node(name),
             neighbours,
             remotes,
-            relay_for_others: true,
+            relay: RelayPolicies::default(),
             digest_unit_bytes: 32,
         });
     }
@@ -237,6 +273,7 @@ impl Network {
                 settled: BTreeMap::new(),
                 alarms: Vec::new(),
                 answers: BTreeMap::new(),
+                wanted_random: 0,
                 random: Random(random.next()),
                 config: config.clone(),
             };
@@ -342,6 +379,18 @@ impl Network {
         );
     }
 
+    /// Gives a node the bits of a physical generator that it asked for.
+    pub fn deliver_random(&mut self, to: &str) {
+        let state = self.nodes.get_mut(&node(to)).unwrap();
+        let bytes = std::mem::take(&mut state.wanted_random);
+        for at in (0..bytes).step_by(1000) {
+            let state = self.nodes.get_mut(&node(to)).unwrap();
+            let mut bits = state.pool.take((bytes - at).min(1000)).unwrap();
+            state.random.fill(bits.expose_mut());
+            self.input(&node(to), Input::Random(bits));
+        }
+    }
+
     /// Gives both ends of a link the same QKD-key.
     pub fn deliver_both(&mut self, a: &str, b: &str, id: u64, len_bytes: usize) {
         let name = qkd_key(&pair_name(a, b), &id.to_string());
@@ -393,6 +442,10 @@ impl Network {
                         route: None,
                     },
                 );
+            }
+            Output::WantRandom { bytes } => {
+                let node = self.nodes.get_mut(from).unwrap();
+                node.wanted_random += bytes;
             }
             Output::Alarm(alarm) => self.nodes.get_mut(from).unwrap().alarms.push(alarm),
         }
@@ -451,6 +504,17 @@ impl Network {
         number: u32,
         bits: u32,
     ) -> Result<Vec<SuppliedKey>, SupplyError> {
+        self.supply_at(from, to, (number, bits), SecurityLevel::Any)
+    }
+
+    /// As [`Network::supply`], of a level.
+    pub fn supply_at(
+        &mut self,
+        from: &str,
+        to: &str,
+        (number, bits): (u32, u32),
+        level: SecurityLevel,
+    ) -> Result<Vec<SuppliedKey>, SupplyError> {
         let order = self.next_order();
         let order_of = SupplyOrder {
             order,
@@ -459,7 +523,7 @@ impl Network {
             applications: vec![app(&format!("app-{to}"))],
             number,
             size: KeyBits::try_from(bits).unwrap(),
-            level: SecurityLevel::Any,
+            level,
         };
         self.input(&node(from), Input::Supply(order_of));
         let answers = &mut self.nodes.get_mut(&node(from)).unwrap().answers;
