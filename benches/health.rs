@@ -3,12 +3,10 @@
 //! Question: can every bit be tested at line rate? `bytes` is the standard's text, sample by sample;
 //! `one_pass` is what the pipeline calls; the backends show what other CPUs get.
 
-mod cases;
-
 use std::hint::black_box;
 
-use cases::{health, noise};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use qkd_bridge::bench::{health, noise};
 use qkd_kernels::{Backend, HealthState};
 
 /// 4 KiB is one driver block, 64 KiB one arena block.

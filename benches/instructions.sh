@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 stored=benches/instructions.txt
 tolerance_percent=3
 
-cargo build --quiet --release -p qkd-pipeline --example instructions
+cargo build --quiet --release --example instructions
 program=$(cargo metadata --format-version 1 --no-deps |
     sed 's/.*"target_directory":"\([^"]*\)".*/\1/')/release/examples/instructions
 

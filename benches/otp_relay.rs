@@ -4,18 +4,16 @@
 //! win? From the second round on the pad is zeros, for the first has wiped it; no step's time
 //! depends on a byte's value. Masks are left out everywhere: 16 bytes a unit.
 
-mod cases;
-
 use std::hint::black_box;
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-use cases::{
-    noise,
-    otp_relay::{HEADER, KEY, check, hmac, naive, passes, polyval, zip_polyval},
-};
 use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
+use qkd_bridge::bench::{
+    noise,
+    otp_relay::{HEADER, KEY, check, hmac, naive, passes, polyval, zip_polyval},
 };
 use qkd_kernels::Backend;
 

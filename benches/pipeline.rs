@@ -5,12 +5,10 @@
 //! alone, of key that is there already; `stage` is all that the bridge does with a key between
 //! driver and store. One thread.
 
-mod cases;
-
 use std::hint::black_box;
 
-use cases::pipeline::{Bridge, Device, Naive, PAYLOAD_BYTES, check};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use qkd_bridge::bench::pipeline::{Bridge, Device, Naive, PAYLOAD_BYTES, check};
 use qkd_kernels::Backend;
 
 /// 32 B is one AES-256 key, 256 B a short key unit, 4 KiB one bulk unit.
@@ -24,11 +22,11 @@ fn benches(c: &mut Criterion) {
         check(backend, unit_bytes);
         group.throughput(Throughput::Bytes(PAYLOAD_BYTES as u64));
         group.bench_function(BenchmarkId::new("naive", unit_bytes), |b| {
-            let mut naive = Naive::new();
+            let mut naive = Naive::default();
             b.iter(|| naive.segment(black_box(device.next_key()), unit_bytes));
         });
         group.bench_function(BenchmarkId::new("batch", unit_bytes), |b| {
-            let data = cases::noise(PAYLOAD_BYTES, 1);
+            let data = qkd_bridge::bench::noise(PAYLOAD_BYTES, 1);
             let mut digests = vec![[0; 32]; PAYLOAD_BYTES / unit_bytes];
             b.iter(|| {
                 backend.sha256_units(black_box(&data), unit_bytes, black_box(&mut digests));

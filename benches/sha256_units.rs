@@ -4,15 +4,13 @@
 //! is what the pipeline calls; the backends show what other CPUs get. One core; the units are in
 //! the second-level cache, as the pipeline's blocks are.
 
-mod cases;
-
 use std::hint::black_box;
 
-use cases::{
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use qkd_bridge::bench::{
     noise,
     sha256_units::{check, one_by_one},
 };
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use qkd_kernels::Backend;
 
 /// 32 B is one AES-256 key, 256 B a short key unit, 4 KiB one bulk unit, 64 KiB one arena block.

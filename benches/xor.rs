@@ -3,12 +3,10 @@
 //! Question: is XOR bound by memory, or does the loop cost anything? A copy reads one stream where
 //! XOR reads two, so a backend near `memcpy` has nothing left to win.
 
-mod cases;
-
 use std::hint::black_box;
 
-use cases::noise;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use qkd_bridge::bench::noise;
 use qkd_kernels::Backend;
 
 /// 32 B is one AES-256 key, 1 KiB lies in the first-level cache, 64 KiB in the second, 1 MiB is

@@ -5,6 +5,7 @@
 //! that reads the clock, the random generator, the environment and the command line.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod command;
 pub mod config;
 pub mod demo;

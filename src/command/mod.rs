@@ -3,6 +3,7 @@
 //! Exit status: 0 when all went well, 1 when something failed, 2 when the command line or a
 //! configuration file is wrong.
 
+mod bench;
 mod completions;
 mod config;
 mod controller;
@@ -70,6 +71,12 @@ enum Command {
         Without a `seed` in the file every run has a fresh one; then the two halves of a pair must \
         be started by one command.")]
     Sim(sim::SimArgs),
+    /// Measure what this machine can do: each stage, beside what one would write first.
+    #[command(after_help = "Examples:\n  qkd-bridge bench\n  \
+        qkd-bridge bench --seconds 30 --json\n\n\
+        Every answer is checked before it is timed. Cases take turns, so the ratios hold on a \
+        machine that is not idle.")]
+    Bench(bench::BenchArgs),
     /// Say what is in a hand-over file, without its key bytes; exit status 1 if it is bad.
     #[command(
         after_help = "Examples:\n  qkd-bridge inspect /run/qkd/keys/6a1f00c4\n  \
@@ -233,6 +240,7 @@ impl Command {
             }
             Self::Demo(args) => args.run(levels),
             Self::Sim(args) => args.run(levels),
+            Self::Bench(args) => args.run(),
             Self::Inspect(args) => args.run(),
             Self::Pki { command } => command.run(),
             Self::Config { command } => command.run(),

@@ -6,13 +6,13 @@ use qkd_kernels::{
 };
 
 /// The rival: SP 800-90B, 4.4.1 and 4.4.2, as it stands there, sample by sample.
-#[derive(Default)]
-pub(crate) struct Textbook {
+#[derive(Debug, Default)]
+pub struct Textbook {
     bits: Samples<PROPORTION_WINDOW_BITS>,
     bytes: Samples<PROPORTION_WINDOW_BYTES>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Samples<const WINDOW: u32> {
     last: Option<u8>,
     run: u32,
@@ -45,7 +45,8 @@ impl<const WINDOW: u32> Samples<WINDOW> {
 }
 
 impl Textbook {
-    pub(crate) fn health(&mut self, data: &[u8]) -> HealthStats {
+    /// Statistics of the next bytes of the stream.
+    pub fn health(&mut self, data: &[u8]) -> HealthStats {
         let mut stats = HealthStats::default();
         for &byte in data {
             self.bytes.sample(byte);
@@ -64,7 +65,11 @@ impl Textbook {
 }
 
 /// Refuses to time a wrong answer: fair noise, then a stream that fails every test.
-pub(crate) fn check(backend: Backend, data: &[u8]) {
+///
+/// # Panics
+///
+/// If the answer is wrong.
+pub fn check(backend: Backend, data: &[u8]) {
     let (mut state, mut textbook) = (HealthState::new(), Textbook::default());
     let mut stuck = data.to_vec();
     stuck[100..300].fill(0);

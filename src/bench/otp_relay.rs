@@ -10,19 +10,28 @@ use zeroize::Zeroize;
 use super::noise;
 
 /// As long as a relay message's header.
-pub(crate) const HEADER: [u8; 40] = [0x48; 40];
-pub(crate) const KEY: [u8; 16] = *b"a key for a tag ";
+pub const HEADER: [u8; 40] = [0x48; 40];
+/// The key of all tags.
+pub const KEY: [u8; 16] = *b"a key for a tag ";
 
-pub(crate) fn hmac() -> Hmac<Sha256> {
+/// The state of the usual MAC under [`KEY`].
+///
+/// # Panics
+///
+/// Never: any length is a key.
+#[must_use]
+pub fn hmac() -> Hmac<Sha256> {
     Hmac::new_from_slice(&KEY).expect("a key of any length")
 }
 
-pub(crate) fn polyval() -> Polyval {
+/// The state of the crate's POLYVAL under [`KEY`].
+#[must_use]
+pub fn polyval() -> Polyval {
     Polyval::new(&KEY.into())
 }
 
 /// What one writes first: a loop, the usual MAC, the usual wiping.
-pub(crate) fn naive(hmac: &Hmac<Sha256>, data: &mut [u8], pad: &mut [u8]) -> [u8; 32] {
+pub fn naive(hmac: &Hmac<Sha256>, data: &mut [u8], pad: &mut [u8]) -> [u8; 32] {
     zip_xor(data, pad);
     let mut hmac = hmac.clone();
     hmac.update(&HEADER);
@@ -32,7 +41,7 @@ pub(crate) fn naive(hmac: &Hmac<Sha256>, data: &mut [u8], pad: &mut [u8]) -> [u8
 }
 
 /// The right algorithm from a crate, and a fast wipe.
-pub(crate) fn zip_polyval(polyval: &Polyval, data: &mut [u8], pad: &mut [u8]) -> [u8; 16] {
+pub fn zip_polyval(polyval: &Polyval, data: &mut [u8], pad: &mut [u8]) -> [u8; 16] {
     zip_xor(data, pad);
     let mut hasher = polyval.clone();
     hasher.update_padded(&HEADER);
@@ -44,7 +53,7 @@ pub(crate) fn zip_polyval(polyval: &Polyval, data: &mut [u8], pad: &mut [u8]) ->
 }
 
 /// The kernels one after another.
-pub(crate) fn passes(backend: Backend, key: &TagKey, data: &mut [u8], pad: &mut [u8]) -> [u8; 16] {
+pub fn passes(backend: Backend, key: &TagKey, data: &mut [u8], pad: &mut [u8]) -> [u8; 16] {
     backend.xor_in_place(data, pad);
     let tag = key.tag(&HEADER, data);
     wipe(pad);
@@ -60,7 +69,11 @@ fn zip_xor(data: &mut [u8], pad: &[u8]) {
 type Hop<'a> = &'a dyn Fn(&mut [u8], &mut [u8]) -> [u8; 16];
 
 /// Refuses to time a wrong answer.
-pub(crate) fn check(backend: Backend, key: &TagKey, polyval: &Polyval, size: usize) {
+///
+/// # Panics
+///
+/// If the answer is wrong.
+pub fn check(backend: Backend, key: &TagKey, polyval: &Polyval, size: usize) {
     let (data, pad) = (noise(size, 1), noise(size, 2));
     let run = |hop: Hop<'_>| {
         let (mut data, mut pad) = (data.clone(), pad.clone());

@@ -6,12 +6,11 @@
 
 use std::hint::black_box;
 
-use pipeline::{Bridge, Device};
+use qkd_bridge::bench::{
+    noise,
+    pipeline::{Bridge, Device},
+};
 use qkd_kernels::{Backend, HealthState};
-
-#[allow(dead_code, reason = "the rival and the check are for the benches")]
-#[path = "../../benches/cases/pipeline.rs"]
-mod pipeline;
 
 /// In key memory's usual block, so that the ends of loops weigh little.
 const BYTES: usize = 64 << 10;
@@ -55,16 +54,4 @@ fn main() {
     for _ in 0..times {
         once();
     }
-}
-
-/// Repeatable noise; equal seeds give equal bytes.
-pub(crate) fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed;
-    let step = |_| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
-        state.to_be_bytes()[0]
-    };
-    (0..len).map(step).collect()
 }
