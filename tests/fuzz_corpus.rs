@@ -96,6 +96,7 @@ replays! {
     etsi_014_requests_are_within_limits_or_refused: "etsi014",
     journals_are_prefixes_of_what_was_written_or_refused: "journal",
     key_files_are_sound_or_refused: "key_file",
+    kernels_of_every_backend_agree: "kernels",
     key_managers_survive_any_peer: "kma",
     json_objects_are_strict_or_refused: "net_json",
     rings_survive_any_producer: "ring",

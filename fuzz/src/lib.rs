@@ -17,6 +17,7 @@ pub mod etsi014;
 pub mod input;
 pub mod journal;
 pub mod key_file;
+pub mod kernels;
 pub mod kma;
 pub mod net_json;
 pub mod ring;
@@ -28,12 +29,13 @@ pub mod type7;
 pub type Entry = fn(&[u8]);
 
 /// Every place, by the name of its fuzz target.
-pub const TARGETS: [(&str, Entry); 11] = [
+pub const TARGETS: [(&str, Entry); 12] = [
     ("block", block::run),
     ("config", config::run),
     ("etsi014", etsi014::run),
     ("journal", journal::run),
     ("key_file", key_file::run),
+    ("kernels", kernels::run),
     ("kma", kma::run),
     ("net_json", net_json::run),
     ("ring", ring::run),
