@@ -21,6 +21,7 @@
 #![deny(unsafe_code)]
 
 pub mod block;
+mod check;
 pub mod clavis2;
 pub mod cor;
 pub mod hex_lines;
@@ -30,3 +31,6 @@ pub mod serial;
 pub mod status;
 pub mod type7;
 pub mod uuid_record;
+mod wipe;
+
+pub use wipe::wipe;

@@ -21,11 +21,10 @@ use std::{
     time::Duration,
 };
 
-use qkd_handover::serial::MAX_KEY_BITS;
+use qkd_handover::{serial::MAX_KEY_BITS, wipe};
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
 use serde::Deserialize;
 use tokio::time::{Instant, Sleep, sleep_until};
-use zeroize::Zeroize;
 
 use self::{line::Line, port::Port};
 use crate::{
@@ -150,7 +149,7 @@ impl SerialSource {
     fn detach(&mut self, reason: DetachReason) {
         self.port = None;
         self.output.clear();
-        self.input.zeroize();
+        wipe(&mut self.input);
         self.unread = 0..0;
         if self.line.closed(reason) {
             self.backoff = BACKOFF_FIRST;
@@ -230,7 +229,7 @@ impl SerialSource {
             if key.is_some() || self.line.has_event() {
                 return Poll::Ready(Ok(key));
             }
-            self.input[..self.unread.end].zeroize();
+            wipe(&mut self.input[..self.unread.end]);
             self.unread = 0..0;
             let read = ready!(port.poll_read(cx, &mut self.input))?;
             self.unread = 0..read;

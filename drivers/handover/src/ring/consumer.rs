@@ -2,8 +2,6 @@
 
 use std::os::fd::OwnedFd;
 
-use zeroize::Zeroize;
-
 use super::{
     KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER, RECORD_ALIGN_BYTES,
     RECORD_HEADER_BYTES, VERSION_WORD, at, checked_head,
@@ -13,7 +11,9 @@ use super::{
 };
 use crate::{
     block::{self, BlockError, BlockHeader},
+    check::crc32c,
     status::{MAX_STATUS_BYTES, ModuleState, Status, StatusError},
+    wipe,
 };
 
 /// Reads records. Never waits.
@@ -219,7 +219,7 @@ impl Consumer {
                 if let ReadError::Corrupt(fault) = error {
                     self.fault = Some(*fault);
                 }
-                key_out.zeroize();
+                wipe(key_out);
             }
         }
         result
@@ -274,12 +274,7 @@ impl Consumer {
         let claim = self.claim();
         let payload_bytes = self.check(&claim, pending_bytes)?;
         let payload = self.read_pos + RECORD_HEADER_BYTES as u64;
-        let crc = crc32c::crc32c(&checked_head(
-            claim.len,
-            claim.kind,
-            claim.seq,
-            claim.generation,
-        ));
+        let checked = checked_head(claim.len, claim.kind, claim.seq, claim.generation);
         if claim.kind == KIND_KEY {
             let mut head = [0; block::HEADER_BYTES];
             let need = payload_bytes - head.len();
@@ -289,15 +284,14 @@ impl Consumer {
             };
             self.copy_out(payload, &mut head);
             self.copy_out(payload + head.len() as u64, key);
-            let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc, &head), key);
-            self.accept(&claim, crc)?;
+            self.accept(&claim, crc32c(&[&checked, &head, key]))?;
             let header = BlockHeader::decode_parts(&head, key)?;
             return Ok(Some(Record::Block(header)));
         }
         let mut text = [0; MAX_STATUS_BYTES];
         let text = &mut text[..payload_bytes];
         self.copy_out(payload, text);
-        self.accept(&claim, crc32c::crc32c_append(crc, text))?;
+        self.accept(&claim, crc32c(&[&checked, text]))?;
         Ok(Some(if claim.kind == KIND_STATUS {
             // A lone line end stands for an empty status.
             Record::Status(Status::decode(text.strip_prefix(b"\n").unwrap_or(text))?)

@@ -1,12 +1,9 @@
 //! Memory that two processes share, as words that are only ever accessed atomically.
 //!
-//! The one place with unsafe code. There is no way from here to a `&[u8]`: the other process may
+//! With [`copy`], the one place with unsafe code. There is no way from here to a `&[u8]`: the other process may
 //! write at any time, and a reference would promise that nobody does.
 
-use super::{
-    MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES,
-    sync::{AtomicU64, Ordering},
-};
+use super::{MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, copy, sync::AtomicU64};
 
 /// Why the memory of a ring could not be had. Nothing stays mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -41,15 +38,7 @@ impl Memory {
         let runs = self.runs(capacity, position, out.len().div_ceil(8));
         let (front, back) = out.split_at_mut(out.len().min(8 * runs[0].len()));
         for (words, bytes) in runs.into_iter().zip([front, back]) {
-            // ORDERING: Relaxed; the caller loaded the write position with Acquire.
-            let load = |word: &AtomicU64| word.load(Ordering::Relaxed).to_le_bytes();
-            let (whole, rest) = bytes.as_chunks_mut();
-            for (word, bytes) in words.iter().zip(&mut *whole) {
-                *bytes = load(word);
-            }
-            if let Some(word) = words.get(whole.len()) {
-                rest.copy_from_slice(&load(word)[..rest.len()]);
-            }
+            copy::copy_out(words, bytes);
         }
     }
 
@@ -59,28 +48,14 @@ impl Memory {
         let runs = self.runs(capacity, position, bytes.len().div_ceil(8));
         let (front, back) = bytes.split_at(bytes.len().min(8 * runs[0].len()));
         for (words, bytes) in runs.into_iter().zip([front, back]) {
-            // ORDERING: Relaxed; the caller stores the write position with Release.
-            let store =
-                |word: &AtomicU64, value| word.store(u64::from_le_bytes(value), Ordering::Relaxed);
-            let (whole, rest) = bytes.as_chunks();
-            for (word, bytes) in words.iter().zip(whole) {
-                store(word, *bytes);
-            }
-            if let Some(word) = words.get(whole.len()) {
-                let mut value = [0; 8];
-                value[..rest.len()].copy_from_slice(rest);
-                store(word, value);
-            }
+            copy::copy_in(words, bytes);
         }
     }
 
     /// Makes `len_bytes` of the ring zero, starting at `position`, both multiples of 8.
     pub(super) fn wipe(&self, capacity: usize, position: u64, len_bytes: usize) {
         for words in self.runs(capacity, position, len_bytes / 8) {
-            for word in words {
-                // ORDERING: Relaxed; the caller stores the read position with Release.
-                word.store(0, Ordering::Relaxed);
-            }
+            copy::wipe(words);
         }
     }
 
@@ -181,9 +156,9 @@ mod mapped {
             //   as long as `self`: the mapping is read-write, and the seals, checked in `open`,
             //   keep the file behind it from shrinking. They are far fewer than `isize::MAX`.
             // - Every bit pattern is an `AtomicU64`, and the kernel gives initialised pages.
-            // - All accesses in this process are atomic and of this size: they all come through
-            //   here. Another process cannot break the rules of this one's memory; to it a word
-            //   is a word that may change at any time, which is what an atomic is.
+            // - This side's accesses are atomic, or the volatile ones of `copy`: all come through here.
+            //   Another process cannot break the rules of this one's memory; to it a word is a word
+            //   that may change at any time, which is what an atomic is.
             unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), words) }
         }
 

@@ -52,6 +52,7 @@
 //! sequentially consistent fence, so at least one of them sees what the other did.
 
 mod consumer;
+mod copy;
 pub mod greeting;
 mod memory;
 mod producer;

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     block::{BlockError, BlockHeader},
+    check::crc32c,
     status::{ModuleState, Status},
 };
 
@@ -188,8 +189,7 @@ impl Producer {
             capacity_bytes: self.capacity_bytes,
         })?;
         let record = checked_head(len, kind, self.seq, self.generation);
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&record), head);
-        let crc = crc32c::crc32c_append(crc, tail);
+        let crc = crc32c(&[&record, head, tail]);
 
         let (capacity, start) = (self.capacity_bytes, self.write_pos);
         let payload = start + RECORD_HEADER_BYTES as u64;

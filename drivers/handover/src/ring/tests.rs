@@ -261,7 +261,7 @@ mod mapped {
         set(&memory, place, get(&memory, place) & !0xffff_ffff | 63);
         let mut record = [0; 64];
         memory.copy_out(CAPACITY, 0, &mut record);
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&record[..24]), &record[32..]);
+        let crc = crate::check::crc32c(&[&record[..24], &record[32..]]);
         set(&memory, HEADER_BYTES + 24, u64::from(crc));
         let mut key = [0; 8];
         assert_eq!(

@@ -1,20 +1,28 @@
 //! From bytes off the line, in pieces of any size, to frames.
 
-use zeroize::{Zeroize, Zeroizing};
+use memchr::memchr;
+use zeroize::Zeroizing;
 
 use super::{
     Body, CRC_BYTES, CREDIT, CREDIT_BYTES, Credit, END, END_HEARD, Frame, GREET, HEADER_BYTES,
     HELLO, KEY, MAX_DEVICE_BYTES, MAX_ENCODED_BYTES, MAX_PAYLOAD_BYTES, RESEND, STATUS, VERSION,
+    cobs,
 };
 use crate::{
     block::{BlockError, BlockHeader},
+    check::crc32c,
     status::{Status, StatusError},
+    wipe,
 };
 
 /// Finds frames in a stream of bytes. Holds at most one frame, in memory that it wipes.
 pub struct Decoder {
-    /// Bytes since the last zero; never grows beyond its first capacity, which would leave copies.
+    /// What the bytes since the last zero stand for; never grows beyond its first capacity, which would
+    /// leave copies.
     held: Zeroizing<Vec<u8>>,
+    cobs: cobs::Decoder,
+    /// Bytes since the last zero.
+    line_bytes: usize,
     /// `held` has been handed out as a frame.
     spent: bool,
     /// What comes until the next zero is part of a frame that was too long.
@@ -101,6 +109,8 @@ impl Decoder {
     pub fn new() -> Self {
         Self {
             held: Zeroizing::new(Vec::with_capacity(MAX_ENCODED_BYTES)),
+            cobs: cobs::Decoder::default(),
+            line_bytes: 0,
             spent: false,
             overrun: false,
             counters: DecoderCounters::default(),
@@ -119,13 +129,13 @@ impl Decoder {
     pub fn next_frame(&mut self, input: &mut &[u8]) -> Option<Result<Frame<'_>, FrameError>> {
         self.wipe_spent();
         loop {
-            let zero = input.iter().position(|&byte| byte == 0);
+            let zero = memchr(0, input);
             let (piece, rest) = input.split_at(zero.unwrap_or(input.len()));
             self.hold(piece);
             *input = rest;
             // Past the delimiter; without one there is no more input.
             *input = input.split_first()?.1;
-            if self.overrun || !self.held.is_empty() {
+            if self.line_bytes > 0 {
                 break;
             }
         }
@@ -148,23 +158,27 @@ impl Decoder {
     fn wipe_spent(&mut self) {
         if std::mem::take(&mut self.spent) {
             self.wipe();
+            self.cobs = cobs::Decoder::default();
+            self.line_bytes = 0;
             self.overrun = false;
         }
     }
 
     /// Wipes what was written; the rest of the capacity has been wiped before.
     fn wipe(&mut self) {
-        self.held.as_mut_slice().zeroize();
+        wipe(&mut self.held);
         self.held.clear();
     }
 
     fn hold(&mut self, piece: &[u8]) {
-        if self.held.len() + piece.len() > MAX_ENCODED_BYTES {
+        self.line_bytes = self.line_bytes.saturating_add(piece.len());
+        if self.line_bytes > MAX_ENCODED_BYTES && !self.overrun {
             self.overrun = true;
             self.wipe();
         }
         if !self.overrun {
-            self.held.extend_from_slice(piece);
+            // No longer than the bytes on the line, which fit.
+            self.cobs.decode(piece, &mut self.held);
         }
     }
 
@@ -172,11 +186,10 @@ impl Decoder {
         let Self { held, counters, .. } = self;
         let result = if std::mem::take(&mut self.overrun) {
             Err(FrameError::Oversize)
+        } else if self.cobs.finish() {
+            parse(held)
         } else {
-            match cobs::decode_in_place(held) {
-                Ok(bytes) => parse(&held[..bytes]),
-                Err(_) => Err(FrameError::Garbage),
-            }
+            Err(FrameError::Garbage)
         };
         let counter = match &result {
             Ok(_) => &mut counters.frames,
@@ -205,7 +218,7 @@ fn parse(raw: &[u8]) -> Result<Frame<'_>, FrameError> {
     let (header, payload) = checked
         .split_first_chunk::<HEADER_BYTES>()
         .ok_or(FrameError::Garbage)?;
-    let (got, want) = (u32::from_le_bytes(*crc), crc32c::crc32c(checked));
+    let (got, want) = (u32::from_le_bytes(*crc), crc32c(&[checked]));
     if got != want {
         return Err(FrameError::Checksum { got, want });
     }

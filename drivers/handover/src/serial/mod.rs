@@ -27,13 +27,13 @@
 //!
 //! A CRC finds damage, not an attacker: a line that leaves the cabinet needs more protection.
 
-use zeroize::Zeroizing;
-
 use crate::{
     block::{self, BlockError, BlockHeader},
+    check::crc32c,
     status::Status,
 };
 
+mod cobs;
 mod decoder;
 mod receiver;
 mod sender;
@@ -146,16 +146,6 @@ pub enum EncodeError {
 ///
 /// See [`EncodeError`]; `out` is as it was.
 pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let raw = raw_frame(frame)?;
-    let start = out.len();
-    out.resize(start + 2 + cobs::max_encoding_length(raw.len()), 0);
-    let encoded_bytes = cobs::encode(&raw, &mut out[start + 1..]);
-    out.truncate(start + 1 + encoded_bytes);
-    out.push(0);
-    Ok(())
-}
-
-fn raw_frame(frame: &Frame<'_>) -> Result<Zeroizing<Vec<u8>>, EncodeError> {
     let Payload {
         kind,
         flags,
@@ -167,17 +157,23 @@ fn raw_frame(frame: &Frame<'_>) -> Result<Zeroizing<Vec<u8>>, EncodeError> {
         .ok()
         .filter(|_| bytes <= MAX_PAYLOAD_BYTES)
         .ok_or(EncodeError::TooLong { bytes })?;
-    let mut raw = Zeroizing::new(Vec::with_capacity(HEADER_BYTES + bytes + CRC_BYTES));
-    raw.extend_from_slice(&[VERSION, kind]);
-    raw.extend_from_slice(&flags.to_le_bytes());
-    raw.extend_from_slice(&frame.session.to_le_bytes());
-    raw.extend_from_slice(&frame.seq.to_le_bytes());
-    raw.extend_from_slice(&length.to_le_bytes());
-    raw.extend_from_slice(&head);
-    raw.extend_from_slice(key);
-    let crc = crc32c::crc32c(&raw);
-    raw.extend_from_slice(&crc.to_le_bytes());
-    Ok(raw)
+    let mut header = [0; HEADER_BYTES];
+    header[..2].copy_from_slice(&[VERSION, kind]);
+    header[2..4].copy_from_slice(&flags.to_le_bytes());
+    header[4..8].copy_from_slice(&frame.session.to_le_bytes());
+    header[8..16].copy_from_slice(&frame.seq.to_le_bytes());
+    header[16..].copy_from_slice(&length.to_le_bytes());
+    let crc = crc32c(&[&header, &head, key]).to_le_bytes();
+    let raw_bytes = HEADER_BYTES + bytes + CRC_BYTES;
+    out.reserve(2 + raw_bytes + raw_bytes.div_ceil(254));
+    out.push(0);
+    let mut encoder = cobs::Encoder::new(out);
+    for piece in [&header, &head[..], key, &crc] {
+        encoder.push(piece);
+    }
+    encoder.finish();
+    out.push(0);
+    Ok(())
 }
 
 struct Payload<'a> {

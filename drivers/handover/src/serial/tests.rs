@@ -83,16 +83,16 @@ fn an_end_frame_has_the_documented_bytes() {
     };
     let mut raw = [0_u8; 24];
     raw[..9].copy_from_slice(&[1, 5, 0, 0, 4, 3, 2, 1, 5]);
-    let crc = crc32c::crc32c(&raw[..20]);
+    let crc = ::crc32c::crc32c(&raw[..20]);
     raw[20..].copy_from_slice(&crc.to_le_bytes());
     let line = encoded(&end);
     assert_eq!((line[0], line[line.len() - 1]), (0, 0));
-    assert_eq!(cobs::decode_vec(&line[1..line.len() - 1]).unwrap(), raw);
+    assert_eq!(::cobs::decode_vec(&line[1..line.len() - 1]).unwrap(), raw);
 }
 
 #[test]
 fn crc32c_has_its_check_value() {
-    assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+    assert_eq!(::crc32c::crc32c(b"123456789"), 0xe306_9283);
 }
 
 #[test]
