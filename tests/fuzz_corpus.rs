@@ -92,15 +92,20 @@ macro_rules! replays {
 
 replays! {
     blocks_and_statuses_are_sound_or_refused: "block",
+    clavis2_datagrams_are_sound_or_refused: "clavis2",
     configurations_are_consistent_or_refused: "config",
+    names_of_flat_blocks_are_file_names_or_refused: "cor",
     etsi_014_requests_are_within_limits_or_refused: "etsi014",
+    lines_of_digits_are_keys_or_named_errors: "hex_lines",
     journals_are_prefixes_of_what_was_written_or_refused: "journal",
     key_files_are_sound_or_refused: "key_file",
     kernels_of_every_backend_agree: "kernels",
     key_managers_survive_any_peer: "kma",
     json_objects_are_strict_or_refused: "net_json",
+    r10_records_are_bounded_or_refused: "r10",
     rings_survive_any_producer: "ring",
     serial_lines_carry_frames_whatever_the_pieces: "serial",
     signalling_messages_are_sound_or_refused: "signal",
     type_7_files_are_sound_or_refused: "type7",
+    uuid_records_have_an_id_or_are_refused: "uuid_record",
 }

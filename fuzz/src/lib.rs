@@ -12,34 +12,44 @@
 #![allow(clippy::unwrap_used, reason = "a failure here is a finding")]
 
 pub mod block;
+pub mod clavis2;
 pub mod config;
+pub mod cor;
 pub mod etsi014;
+pub mod hex_lines;
 pub mod input;
 pub mod journal;
 pub mod key_file;
 pub mod kernels;
 pub mod kma;
 pub mod net_json;
+pub mod r10;
 pub mod ring;
 pub mod serial;
 pub mod signal;
 pub mod type7;
+pub mod uuid_record;
 
 /// Takes any bytes; panics if a promise does not hold.
 pub type Entry = fn(&[u8]);
 
 /// Every place, by the name of its fuzz target.
-pub const TARGETS: [(&str, Entry); 12] = [
+pub const TARGETS: [(&str, Entry); 17] = [
     ("block", block::run),
+    ("clavis2", clavis2::run),
     ("config", config::run),
+    ("cor", cor::run),
     ("etsi014", etsi014::run),
+    ("hex_lines", hex_lines::run),
     ("journal", journal::run),
     ("key_file", key_file::run),
     ("kernels", kernels::run),
     ("kma", kma::run),
     ("net_json", net_json::run),
+    ("r10", r10::run),
     ("ring", ring::run),
     ("serial", serial::run),
     ("signal", signal::run),
     ("type7", type7::run),
+    ("uuid_record", uuid_record::run),
 ];
