@@ -10,5 +10,6 @@ pub mod command;
 pub mod config;
 pub mod demo;
 pub mod env;
+pub mod kek;
 pub mod node;
 pub mod process;

@@ -14,6 +14,7 @@ mod pki;
 mod run;
 mod sim;
 mod status;
+mod store;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -105,6 +106,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look into a node's store: check it, say what it holds, change its key, follow a key's life.
+    Store {
+        #[command(subcommand)]
+        command: store::StoreCommand,
+    },
     /// Print a script that completes this program's command line in a shell.
     #[command(after_help = "Example:\n  \
         qkd-bridge completions bash > /etc/bash_completion.d/qkd-bridge")]
@@ -156,6 +162,8 @@ enum Failure {
         file: PathBuf,
         source: inspect::InspectError,
     },
+    #[error(transparent)]
+    Store(#[from] store::StoreError),
     #[error("the store failed; the node has stopped")]
     StoreFailed,
     #[error("the system refused")]
@@ -166,6 +174,7 @@ impl Failure {
     const fn exit_status(&self) -> u8 {
         match self {
             Self::Config(_) | Self::Levels { .. } => 2,
+            Self::Store(error) => error.exit_status(),
             Self::Node(_)
             | Self::Pki(_)
             | Self::Credentials(_)
@@ -245,6 +254,7 @@ impl Command {
             Self::Pki { command } => command.run(),
             Self::Config { command } => command.run(),
             Self::Status { config, json } => status::run(&config, json),
+            Self::Store { command } => command.run(),
             Self::Completions { shell } => {
                 completions::print(shell);
                 Ok(())

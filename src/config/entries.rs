@@ -37,49 +37,6 @@ pub struct TlsConfig {
     pub key: PathBuf,
 }
 
-/// Where keys are kept.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
-pub enum StoreConfig {
-    /// Sealed, in LMDB.
-    Lmdb {
-        /// The key-encryption key.
-        #[serde(default)]
-        kek: KekConfig,
-        /// Most bytes of the database, in GiB.
-        #[serde(default = "default_max_gib")]
-        max_gib: usize,
-    },
-    /// In key memory only; a restart begins with an empty stock.
-    Memory,
-}
-
-impl Default for StoreConfig {
-    fn default() -> Self {
-        Self::Lmdb {
-            kek: KekConfig::default(),
-            max_gib: default_max_gib(),
-        }
-    }
-}
-
-/// Where the key-encryption key comes from.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum KekConfig {
-    /// A file of 32 random bytes, mode 0400 or 0600. Made with a new store if it is not there.
-    File(PathBuf),
-    /// A credential that systemd hands over (`LoadCredentialEncrypted=`).
-    Credential(String),
-}
-
-impl Default for KekConfig {
-    /// `kek` in the data directory: keep it elsewhere where the disk may be taken away.
-    fn default() -> Self {
-        Self::File(PathBuf::from("kek"))
-    }
-}
-
 /// Where a port is.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -212,6 +169,8 @@ pub struct AppEntry {
     pub id: Spanned<AppId>,
     /// The node where it fetches keys.
     pub node: Spanned<NodeId>,
+    /// What people call it; kept with the metadata of its keys.
+    pub name: Option<String>,
 }
 
 fn default_dead_after_ms() -> Spanned<u64> {
@@ -220,10 +179,6 @@ fn default_dead_after_ms() -> Spanned<u64> {
 
 fn default_key_memory_mib() -> Spanned<usize> {
     Spanned::new(0..0, 64)
-}
-
-fn default_max_gib() -> usize {
-    16
 }
 
 fn default_key_bits() -> KeyBits {

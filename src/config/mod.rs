@@ -7,6 +7,7 @@ mod check;
 mod entries;
 mod file;
 mod relay;
+mod store;
 
 use std::{
     collections::BTreeMap,
@@ -18,12 +19,13 @@ use qkd_keyfile::{AppId, NodeId};
 use serde::Deserialize;
 
 pub use entries::{
-    AppEntry, ControllerLink, KekConfig, KxConfig, LinkEntry, ListenConfig, ModulePairEntry,
-    NodeConfig, PeerConfig, StockEntry, StoreConfig, SupplyConfig, TlsConfig,
+    AppEntry, ControllerLink, KxConfig, LinkEntry, ListenConfig, ModulePairEntry, NodeConfig,
+    PeerConfig, StockEntry, SupplyConfig, TlsConfig,
 };
 pub use file::ConfigError;
 pub(crate) use file::read_toml;
 pub use relay::{PairEntry, PolicyEntry, RandomEntry, RelayConfig, SchemeEntry};
+pub use store::{KekConfig, PassPhraseFrom, RetentionConfig, StoreConfig};
 
 /// A node, as its file describes it.
 #[derive(Debug, Deserialize)]
@@ -36,6 +38,9 @@ pub struct Config {
     /// Where keys are kept.
     #[serde(default)]
     pub store: StoreConfig,
+    /// How long keys and their history are kept.
+    #[serde(default)]
+    pub retention: RetentionConfig,
     /// Where other nodes connect.
     pub kx: KxConfig,
     /// Where applications connect; without it the node only relays.
@@ -88,15 +93,7 @@ impl Config {
         ] {
             *path = base.join(&*path);
         }
-        if let StoreConfig::Lmdb {
-            kek: KekConfig::File(path),
-            ..
-        } = &mut self.store
-        {
-            // The default lies beside the store, any other path is taken as all paths are.
-            let default = path.as_path() == Path::new("kek");
-            *path = if default { &data } else { base }.join(&*path);
-        }
+        self.store.resolve(base, &data);
         self.node.data = data;
         if let Some(device) = &mut self.relay.device {
             *device = base.join(&*device);
@@ -125,6 +122,19 @@ impl Config {
     pub fn app_nodes(&self) -> BTreeMap<AppId, NodeId> {
         let entry = |app: &AppEntry| (app.id.get_ref().clone(), app.node.get_ref().clone());
         self.apps.iter().map(entry).collect()
+    }
+
+    /// Where the store is.
+    #[must_use]
+    pub fn store_dir(&self) -> PathBuf {
+        self.node.data.join("store")
+    }
+
+    /// What people call applications.
+    #[must_use]
+    pub fn app_names(&self) -> BTreeMap<AppId, String> {
+        let named = |app: &AppEntry| Some((app.id.get_ref().clone(), app.name.clone()?));
+        self.apps.iter().filter_map(named).collect()
     }
 
     /// Where the running node answers `status`.

@@ -19,7 +19,7 @@ use qkd_kernels::Backend;
 use qkd_kma::{
     Kma, KmaConfig, LinkConfig, RemoteConfig,
     store::Store,
-    vault::{self, KekSource, LmdbOptions, Vault, VaultError},
+    vault::{self, LmdbOptions, Vault, VaultError},
 };
 use qkd_ksa::Counters;
 use qkd_net::{
@@ -34,8 +34,9 @@ use tokio::{
     task::JoinSet,
 };
 
+use crate::kek::{KekSourceError, has_data_keys, kek_source};
 use crate::{
-    config::{Config, KekConfig, StoreConfig},
+    config::{Config, StoreConfig},
     env::{SystemClock, random_16},
 };
 use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
@@ -98,12 +99,9 @@ pub enum NodeError {
     /// What applications may ask for contradicts itself.
     #[error(transparent)]
     Profile(#[from] qkd_ksa::ProfileError),
-    /// systemd's `$CREDENTIALS_DIRECTORY` is not set.
-    #[error("credential {name} is configured, but $CREDENTIALS_DIRECTORY is not set")]
-    NoCredentials {
-        /// The credential.
-        name: String,
-    },
+    /// There is no key-encryption key.
+    #[error(transparent)]
+    Kek(#[from] KekSourceError),
     /// The system gave no thread or socket.
     #[error("the system refused")]
     System(#[from] io::Error),
@@ -144,7 +142,8 @@ impl Node {
         let credentials = Arc::new(Reloadable::load(&tls.ca, &tls.certificate, &tls.key)?);
         let (intake_pool, pool) = key_memory(&config)?;
         let boot = random_16();
-        let store = Store::open(open_vault(&config, &pool)?, pool.clone(), boot)?;
+        let store = Store::open(open_vault(&config, &pool)?, pool.clone(), boot)?
+            .with_retention(config.retention.policy());
         let clock = SystemClock::start();
         let kx = listen(&config.kx.listen).await?;
         let (links, link_events) = Links::start(LinksConfig {
@@ -228,7 +227,11 @@ impl Node {
             shutdown: shutdown.clone(),
         };
         tracing::info!(node = %config.node.id, backend = backend.name(), locked = pool.stats().locked, "node starts");
-        let kma = Kma::new(kma_config(&config), store, boot, backend);
+        let mut kma = Kma::new(kma_config(&config), store, boot, backend)
+            .with_application_names(&config.app_names());
+        if let Some(period) = config.store.epoch_period() {
+            kma = kma.with_epoch_period(period);
+        }
         let agent = Agent::new(kma, around);
         let (ended_sender, ended) = watch::channel(false);
         let agent = thread::Builder::new()
@@ -375,35 +378,17 @@ fn key_memory(config: &Config) -> Result<(Pool, Pool), PoolError> {
 }
 
 fn open_vault(config: &Config, pool: &Pool) -> Result<Box<dyn Vault>, NodeError> {
-    let dir = config.node.data.join("store");
+    let dir = config.store_dir();
     std::fs::create_dir_all(&config.node.data)?;
-    let kek = match &config.store {
-        StoreConfig::Memory => {
-            let vault = vault::open_memory(&dir, pool.clone())?;
-            return Ok(Box::new(vault));
+    match &config.store {
+        StoreConfig::Memory => Ok(Box::new(vault::open_memory(&dir, pool.clone())?)),
+        StoreConfig::Lmdb { kek, max_gib, .. } => {
+            let kek = kek_source(kek, !has_data_keys(&dir))?;
+            let max_bytes = max_gib << 30;
+            let options = LmdbOptions { max_bytes };
+            Ok(Box::new(vault::open_lmdb(&dir, &kek, options)?))
         }
-        StoreConfig::Lmdb {
-            kek: KekConfig::File(path),
-            ..
-        } => KekSource::File {
-            path: path.clone(),
-            create: true,
-        },
-        StoreConfig::Lmdb {
-            kek: KekConfig::Credential(name),
-            ..
-        } => KekSource::Credential {
-            directory: std::env::var_os("CREDENTIALS_DIRECTORY")
-                .ok_or(NodeError::NoCredentials { name: name.clone() })?
-                .into(),
-            name: name.clone(),
-        },
-    };
-    let mut options = LmdbOptions::default();
-    if let StoreConfig::Lmdb { max_gib, .. } = config.store {
-        options.max_bytes = max_gib << 30;
     }
-    Ok(Box::new(vault::open_lmdb(&dir, &kek, options)?))
 }
 
 fn peers_of(config: &Config) -> Vec<qkd_net::Peer> {

@@ -6,14 +6,15 @@ use std::{collections::BTreeMap, time::Duration};
 use qkd_keyfile::{
     AppId, Generation, KeySpan, ModulePairId, Mono, NodeId, Now, QkdKeyId, QkdKeyName,
     SegmentNumber, StreamId, UnixTime,
-    metadata::{HashValue, KeyType, QkdKeyMetadata, RelayEncryption},
+    metadata::{HashAlgorithm, HashValue, KeyType, QkdKeyMetadata, RelayEncryption},
 };
+use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use super::{NewSegment, Store, ledger};
+use super::{NewSegment, ReadError, Store, ledger};
 use crate::{
     record::{BurnReason, Purpose, Record, SealedRow, Stage},
-    vault::{HistoryLimit, RowId, VaultError},
+    vault::{GetError, HistoryLimit, RowId, VaultError},
 };
 
 /// A stop is counted as no longer than this, for who knows whether the wall clock was right.
@@ -97,7 +98,7 @@ fn name_of(module_pair: &ModulePairId, generation: Generation, id: &QkdKeyId) ->
 }
 
 /// Hashes that modules gave, as they are sealed.
-pub(super) type Hashes = Vec<(QkdKeyId, HashValue)>;
+type Hashes = Vec<(QkdKeyId, HashValue)>;
 
 impl Store {
     /// Tells the time. What is recorded from now on happened then.
@@ -310,6 +311,51 @@ impl Store {
         } else {
             Record::Closed { stream, segment }
         });
+    }
+
+    /// Hashes that modules gave for the QKD-keys of a segment, unsealed. They never leave the node.
+    ///
+    /// # Errors
+    ///
+    /// The row cannot be read back as it was stored.
+    pub fn qkd_key_hashes(
+        &mut self,
+        stream: &StreamId,
+        segment: SegmentNumber,
+    ) -> Result<Vec<(QkdKeyId, HashValue)>, GetError> {
+        let described = self.segment(stream, segment);
+        let Some(at) = described.and_then(|segment| segment.hashes.as_deref().copied()) else {
+            return Ok(Vec::new());
+        };
+        let mut bytes = Zeroizing::new(vec![0; at.len_bytes as usize]);
+        self.vault.get(at.row, &at.seal, &mut bytes)?;
+        postcard::from_bytes(&bytes).map_err(|_| GetError::Damaged { row: at.row })
+    }
+
+    /// SHA-256 of a segment's usable bytes and its head, as stored ("hash value" of Table 1 (2)): made
+    /// when it is asked for, and kept nowhere. It never leaves the node.
+    ///
+    /// # Errors
+    ///
+    /// See [`ReadError`].
+    pub fn kma_key_hash(
+        &mut self,
+        stream: &StreamId,
+        segment: SegmentNumber,
+    ) -> Result<HashValue, ReadError> {
+        let len_bytes = self
+            .segment(stream, segment)
+            .map_or(0, |segment| segment.len_bytes);
+        let span = KeySpan {
+            segment,
+            offset_bytes: 0,
+            len_bytes,
+        };
+        let key = self.read_all(stream, &[span])?;
+        Ok(HashValue {
+            algorithm: HashAlgorithm::Sha256,
+            digest: Sha256::digest(key.expose()).to_vec(),
+        })
     }
 
     /// Wraps all data keys anew; see [`crate::vault::Vault::rotate_epoch`].

@@ -13,7 +13,9 @@ mod life;
 #[cfg(test)]
 mod model;
 mod read;
+mod survey;
 mod take;
+mod trace;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,8 +37,12 @@ pub use follow::FollowError;
 pub use ledger::{LedgerError, read_ledger};
 pub use life::Retention;
 pub use read::ReadError;
+pub use survey::{
+    CheckReport, RAM_BYTES_PER_SEGMENT, StockFigures, StockOf, StoreFault, Survey, check,
+};
 pub use take::Short;
 pub(crate) use take::{KeyOrder, KeyPlan};
+pub use trace::{Event, KeyRef, Trace, trace};
 
 use life::{AgeClock, Received};
 use read::OpenRows;
