@@ -213,6 +213,14 @@ pub fn main_with(openers: Openers) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("qkd-bridge: {}", chain(&failure));
+            if let Failure::Node(crate::node::NodeError::Store(error)) = &failure
+                && error.is_disk_full()
+            {
+                eprintln!(
+                    "the disk is full; nothing that was acknowledged is lost. Make room and start \
+                     the node again."
+                );
+            }
             ExitCode::from(failure.exit_status())
         }
     }

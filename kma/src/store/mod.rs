@@ -11,6 +11,8 @@ mod follow;
 mod ledger;
 mod life;
 #[cfg(test)]
+mod life_test;
+#[cfg(test)]
 mod model;
 mod read;
 mod survey;

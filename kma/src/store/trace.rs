@@ -57,7 +57,9 @@ pub struct Event {
 pub struct Trace {
     /// The keys of that ID.
     pub keys: BTreeSet<KeyRef>,
-    /// What they were made of, and the pad that carried them.
+    /// What they were cut from or made of themselves.
+    pub parents: BTreeSet<KeyRef>,
+    /// What they were made of, and the pad that carried them, and so on up to the QKD-keys.
     pub origins: BTreeSet<KeyRef>,
     /// What was cut from them, and what was carried under them.
     pub derived: BTreeSet<KeyRef>,
@@ -148,6 +150,9 @@ pub fn trace(journal: &JournalView, me: &NodeId, id: &str) -> Result<Trace, Vaul
             for_each_link(record, &mut |from, to| {
                 if found.derived.contains(&from) {
                     found.derived.insert(to.clone());
+                }
+                if found.keys.contains(&to) {
+                    found.parents.insert(from.clone());
                 }
                 if found.origins.contains(&to) {
                     found.origins.insert(from);

@@ -308,6 +308,19 @@ pub enum VaultError {
 }
 
 impl VaultError {
+    /// Whether the disk is full. Nothing that was acknowledged is lost: make room, and go on or start
+    /// again.
+    #[must_use]
+    pub fn is_disk_full(&self) -> bool {
+        let full = |source: &io::Error| {
+            matches!(
+                source.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            )
+        };
+        matches!(self, Self::Io { source, .. } | Self::NotDurable { source, .. } if full(source))
+    }
+
     /// Whether the vault is of no use any more, for nobody knows what is durable: drop it, open the
     /// store again and replay.
     #[must_use]

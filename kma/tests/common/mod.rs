@@ -13,6 +13,7 @@ mod scenes;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -26,8 +27,8 @@ use qkd_kma::{
     Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, Output, Record, RelayPolicies,
     RelayPolicy, RemoteConfig, Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError,
     SupplyOrder,
-    store::Store,
-    vault::{Vault, sim::SimDisk},
+    store::{Retention, Store},
+    vault::{KekSource, LmdbOptions, Vault, open_lmdb, sim::SimDisk},
 };
 use qkd_secmem::{KeyBuf, Locking, Pool, PoolConfig};
 use sha2::{Digest, Sha256};
@@ -88,6 +89,9 @@ pub struct Node {
     pub volatile: bool,
     /// Instead of `disk`: one that can be copied and restored.
     pub copyable: Option<CopyableDisk>,
+    /// Instead of `disk`: a store in a folder of the real disk, its key-encryption key in `kek` beside it.
+    pub dir: Option<PathBuf>,
+    pub retention: Retention,
     pub journal_limit_bytes: u64,
     pub config: KmaConfig,
     pool: Pool,
@@ -215,6 +219,13 @@ impl Node {
     fn start(&mut self) {
         let vault: Box<dyn Vault> = if let Some(disk) = &self.copyable {
             Box::new(disk.open())
+        } else if let Some(dir) = &self.dir {
+            let kek = KekSource::File {
+                path: dir.with_file_name("kek"),
+                create: true,
+            };
+            let max_bytes = 64 << 20;
+            Box::new(open_lmdb(dir, &kek, LmdbOptions { max_bytes }).unwrap())
         } else if self.volatile {
             Box::new(self.disk.open_memory(self.pool.clone()).unwrap())
         } else {
@@ -222,7 +233,9 @@ impl Node {
         };
         let mut boot = [0; 16];
         self.random.fill(&mut boot);
-        let store = Store::open(vault, self.pool.clone(), boot).unwrap();
+        let store = Store::open(vault, self.pool.clone(), boot)
+            .unwrap()
+            .with_retention(self.retention);
         assert_eq!(store.inconsistencies(), 0);
         let kma = Kma::new(self.config.clone(), store, boot, Backend::PORTABLE);
         self.kma = Some(kma.with_journal_limit(self.journal_limit_bytes));
@@ -267,6 +280,8 @@ impl Network {
                 disk: SimDisk::new(random.next()),
                 volatile: false,
                 copyable: None,
+                dir: None,
+                retention: Retention::default(),
                 journal_limit_bytes: u64::MAX,
                 pool: pool.clone(),
                 waiting: BTreeMap::new(),
@@ -352,6 +367,7 @@ impl Network {
     pub fn crash(&mut self, name: &NodeId) {
         let node = self.nodes.get_mut(name).unwrap();
         node.disk.cut_power();
+        // A store in a folder keeps what was written, as when the process is killed.
         node.kma = None;
         node.waiting.clear();
         node.disk.restart();

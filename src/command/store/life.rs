@@ -105,20 +105,15 @@ fn suspects(config: &Config, id: &str, with_origins: bool) -> Result<Suspects, S
         KeyRef::KmaKey(stream, number) => Some((stream.clone(), *number)),
         _ => None,
     };
-    // A KSA-key alone still lies in its segment, where others may be: the segment goes.
-    let cut_from = found
-        .origins
-        .iter()
-        .filter(|_| !found.keys.iter().any(is_kma_key));
+    // A KSA-key lies in the segment that it was cut from: that goes with it.
+    let supplied = |key: &KeyRef| matches!(key, KeyRef::KsaKey(_));
+    let only_supplied = found.keys.iter().all(supplied);
+    let cut_from = found.parents.iter().filter(|_| only_supplied);
     let segments: BTreeSet<_> = keys.iter().chain(cut_from).filter_map(segment).collect();
     Ok(Suspects {
         keys,
         here: segments.into_iter().collect(),
     })
-}
-
-fn is_kma_key(key: &KeyRef) -> bool {
-    !matches!(key, KeyRef::KsaKey(_))
 }
 
 pub(super) fn void(
