@@ -59,11 +59,13 @@ pub struct Trace {
     pub keys: BTreeSet<KeyRef>,
     /// What they were cut from or made of themselves.
     pub parents: BTreeSet<KeyRef>,
+    /// What was cut from or made of them directly.
+    pub children: BTreeSet<KeyRef>,
     /// What they were made of, and the pad that carried them, and so on up to the QKD-keys.
     pub origins: BTreeSet<KeyRef>,
     /// What was cut from them, and what was carried under them.
     pub derived: BTreeSet<KeyRef>,
-    /// What happened to the keys and their origins, oldest first.
+    /// What happened to the keys, their children and their origins, oldest first.
     pub events: Vec<Event>,
     /// Metadata of the keys (Table 1 of Y.3803); hashes are withheld.
     pub metadata: Vec<KeyMetadata>,
@@ -150,6 +152,9 @@ pub fn trace(journal: &JournalView, me: &NodeId, id: &str) -> Result<Trace, Vaul
             for_each_link(record, &mut |from, to| {
                 if found.derived.contains(&from) {
                     found.derived.insert(to.clone());
+                }
+                if found.keys.contains(&from) {
+                    found.children.insert(to.clone());
                 }
                 if found.keys.contains(&to) {
                     found.parents.insert(from.clone());
@@ -258,6 +263,7 @@ fn for_each_link(record: &Record, link: &mut dyn FnMut(KeyRef, KeyRef)) {
 struct Story<'a> {
     me: &'a NodeId,
     keys: &'a BTreeSet<KeyRef>,
+    children: &'a BTreeSet<KeyRef>,
     origins: &'a BTreeSet<KeyRef>,
     events: BTreeSet<Event>,
     names: BTreeMap<AppId, String>,
@@ -273,6 +279,7 @@ impl<'a> Story<'a> {
         Self {
             me,
             keys: &found.keys,
+            children: &found.children,
             origins: &found.origins,
             events: BTreeSet::new(),
             names: BTreeMap::new(),
@@ -284,7 +291,9 @@ impl<'a> Story<'a> {
     }
 
     fn wants(&self, key: &KeyRef) -> bool {
-        self.keys.contains(key) || self.origins.contains(key)
+        [self.keys, self.children, self.origins]
+            .iter()
+            .any(|set| set.contains(key))
     }
 
     fn happened(&mut self, at: UnixTime, key: KeyRef, transition: &'static str, detail: String) {
