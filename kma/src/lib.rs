@@ -43,6 +43,8 @@ extern crate self as qkd_kma;
 mod common;
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod transcript;
 
 use std::time::Duration;
 

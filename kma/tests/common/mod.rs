@@ -19,8 +19,8 @@ use std::{
 
 use qkd_kernels::Backend;
 use qkd_keyfile::{
-    AppId, Entropy, Generation, KeyBits, KsaKeyId, ModulePairId, Mono, NodeId, Now, QkdKeyName,
-    UnixTime,
+    AppId, Entropy, Generation, KeyBits, KsaKeyId, LinkId, ModulePairId, Mono, NodeId, Now,
+    QkdKeyName, SegmentNumber, UnixTime,
     metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_kma::{
@@ -114,6 +114,8 @@ pub struct Network {
     pub wires: VecDeque<(NodeId, NodeId, Vec<u8>)>,
     /// Every message that a node sent, once switched on.
     pub heard: Option<Vec<(NodeId, NodeId, Vec<u8>)>>,
+    /// The bits of every segment of every link.
+    pub segments: BTreeMap<(LinkId, SegmentNumber), Vec<u8>>,
     pub random: Random,
     orders: u64,
     pub step: Duration,
@@ -304,6 +306,7 @@ impl Network {
             cut: BTreeSet::new(),
             wires: VecDeque::new(),
             heard: None,
+            segments: BTreeMap::new(),
             random,
             orders: 0,
             step: Duration::from_millis(50),
@@ -439,6 +442,11 @@ impl Network {
             } => {
                 let node = &self.nodes[from];
                 let segment = node.format(&composition, unit_bytes as usize);
+                if let Some(made) = &segment {
+                    let bits = made.bits.expose().to_vec();
+                    let link = LinkId::between(from, &ticket.peer).unwrap();
+                    self.segments.insert((link, ticket.segment), bits);
+                }
                 self.input(from, Input::Formatted { ticket, segment });
             }
             Output::Settle { name, outcome } => {
@@ -605,7 +613,7 @@ impl Network {
     }
 
     pub fn link_stock(&self, at: &str, with: &str) -> u64 {
-        let link = qkd_keyfile::LinkId::between(&node(at), &node(with)).unwrap();
+        let link = LinkId::between(&node(at), &node(with)).unwrap();
         self.kma(at)
             .store()
             .available_bytes(&qkd_keyfile::StreamId::Link(link))
