@@ -6,7 +6,12 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::{
-    faults::FaultConfig, files::FilesConfig, pair::Role, ring::RingConfig, serial::SerialConfig,
+    dynamics::{EventConfig, LinkConfig},
+    faults::FaultConfig,
+    files::FilesConfig,
+    pair::Role,
+    ring::RingConfig,
+    serial::SerialConfig,
 };
 
 /// One half of a module pair on one transport.
@@ -17,7 +22,7 @@ use crate::{
 /// [pair]
 /// seed = "1f1e1d1c1b1a191817161514131211100f0e0d0c0b0a09080706050403020100"
 /// block_bits = 7636
-/// pace = 2.0                 # blocks per second, or "max"
+/// pace = 2.0                 # blocks per second, "max", or "link": as the link below makes key
 /// qber_ppm = 23000
 /// first_number = 1
 /// blocks = 1000              # then end; without it, go on
@@ -46,8 +51,21 @@ pub struct PairConfig {
     pub seed: Seed,
     /// Length of a block, in bits; need not be a multiple of 8.
     pub block_bits: u32,
+    /// Time that a block is collected for, in seconds: it then has what the link made meanwhile,
+    /// `block_bits` at most, or no bits. Without it, a block is there when it is full.
+    #[serde(default)]
+    pub block_seconds: Option<f64>,
     /// How fast blocks are made.
     pub pace: Pace,
+    /// Simulated seconds in a second.
+    #[serde(default = "one")]
+    pub time_scale: f64,
+    /// The optics, which give key rate and error rate; without it, both are as said here.
+    #[serde(default)]
+    pub link: Option<LinkConfig>,
+    /// What happens, and when.
+    #[serde(default, rename = "event")]
+    pub events: Vec<EventConfig>,
     /// Error rate to report, in parts per million.
     #[serde(default)]
     pub qber_ppm: u32,
@@ -60,6 +78,30 @@ pub struct PairConfig {
     /// What goes wrong, and how often.
     #[serde(default)]
     pub faults: FaultConfig,
+}
+
+const fn one() -> f64 {
+    1.0
+}
+
+impl PairConfig {
+    /// A pair without faults, events or optics, that goes on without end.
+    #[must_use]
+    pub fn new(seed: Seed, block_bits: u32, pace: Pace) -> Self {
+        Self {
+            seed,
+            block_bits,
+            block_seconds: None,
+            pace,
+            time_scale: 1.0,
+            link: None,
+            events: Vec::new(),
+            qber_ppm: 0,
+            first_number: 0,
+            blocks: None,
+            faults: FaultConfig::default(),
+        }
+    }
 }
 
 /// How a half hands its blocks over.
@@ -82,6 +124,8 @@ pub enum Pace {
     PerSecond(f64),
     /// As fast as they are taken.
     Max,
+    /// As fast as the link makes key.
+    Link,
 }
 
 #[derive(Deserialize)]
@@ -94,7 +138,7 @@ enum PaceText {
 
 /// Not a pace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a pace is a number of blocks per second above 0, or \"max\"")]
+#[error("a pace is a number of blocks per second above 0, \"max\" or \"link\"")]
 pub struct PaceError;
 
 impl TryFrom<PaceText> for Pace {
@@ -103,6 +147,7 @@ impl TryFrom<PaceText> for Pace {
     fn try_from(text: PaceText) -> Result<Self, PaceError> {
         let rate = match text {
             PaceText::Word(word) if word == "max" => return Ok(Self::Max),
+            PaceText::Word(word) if word == "link" => return Ok(Self::Link),
             PaceText::Word(_) => return Err(PaceError),
             PaceText::Number(rate) => rate,
             PaceText::Integer(rate) => f64::from(rate),
@@ -172,13 +217,8 @@ pub(crate) mod tests {
 
     pub(crate) fn config() -> PairConfig {
         PairConfig {
-            seed: "07".repeat(32).parse().unwrap(),
-            block_bits: 1001,
-            pace: Pace::Max,
             qber_ppm: 20_000,
-            first_number: 0,
-            blocks: None,
-            faults: FaultConfig::default(),
+            ..PairConfig::new("07".repeat(32).parse().unwrap(), 1001, Pace::Max)
         }
     }
 

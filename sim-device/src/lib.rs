@@ -6,9 +6,12 @@
 //! qcrypto's final-key files, [`serial`] is a device on a serial line, [`ring`] is a producer for
 //! shared memory. [`run`] picks one from a [`SimConfig`].
 //!
+//! Rate and error rate are what the configuration says, or follow from the optics of a [`LinkConfig`]
+//! ([`physics`]), which drift and to which things happen ([`EventConfig`]). Faults come by plan
+//! ([`FaultConfig`]): some are of the block, others happen to it on its way.
+//!
 //! It knows nothing of the bridge: it speaks the formats of `qkd-handover` and could as well be
-//! a vendor's program. It has no physics; block size, rate and error rate are what the configuration
-//! says. Its key is as secret as its seed, so it is for tests and demonstrations only.
+//! a vendor's program. Its key is as secret as its seed, so it is for tests and demonstrations only.
 //!
 //! # Invariants
 //!
@@ -18,21 +21,32 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod dynamics;
 mod faults;
 mod feed;
 pub mod files;
 mod pair;
 pub mod physics;
 pub mod ring;
+mod script;
 pub mod serial;
 mod stats;
+pub mod trace;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use feed::Feed;
+use script::HalfScript;
+use trace::{Trace, TraceScript};
 
 pub use config::{Pace, PaceError, PairConfig, Seed, SeedError, SimConfig, TransportConfig};
-pub use faults::{Fault, FaultConfig};
+pub use dynamics::{DriftConfig, EventConfig, LinkConfig};
+pub use faults::{Fault, FaultConfig, WireFault};
 pub use pair::{Block, Half, ModulePair, PairError, Role};
-pub use stats::{Snapshot, Stats};
+pub use stats::{Note, NoteKind, Snapshot, Stats};
 
 /// Why a half stopped before it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -59,13 +73,47 @@ pub enum RunError {
 /// See [`RunError`]: what a new start would not mend. A bridge that is not there is waited for.
 pub fn run(config: &SimConfig, stop: &AtomicBool, stats: &Stats) -> Result<(), RunError> {
     let half = ModulePair::new(&config.pair)?.half(config.role);
-    match &config.transport {
-        TransportConfig::Files(transport) => files::run(half, transport, stop, stats)?,
-        TransportConfig::Serial(transport) => serial::run(half, transport, stop, stats)?,
-        TransportConfig::Ring(transport) => ring::run(half, transport, stop, stats)?,
+    let stall = config.pair.faults.stall_ms.unwrap_or(DEFAULT_STALL_MS);
+    let stall = Duration::from_millis(stall.into());
+    let feed = Feed::new(Box::new(HalfScript::new(half)), stats);
+    play(feed, &config.transport, stall, stop, stats)
+}
+
+/// Plays a trace until `stop` is set, or until all its blocks are delivered; blocks the thread.
+/// `speed` seconds of the trace pass in a second.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn replay(
+    trace: &Trace,
+    speed: f64,
+    transport: &TransportConfig,
+    stop: &AtomicBool,
+    stats: &Stats,
+) -> Result<(), RunError> {
+    let feed = Feed::new(Box::new(TraceScript::new(trace, speed)), stats);
+    let stall = Duration::from_millis(DEFAULT_STALL_MS.into());
+    play(feed, transport, stall, stop, stats)
+}
+
+fn play(
+    feed: Feed<'_>,
+    transport: &TransportConfig,
+    stall: Duration,
+    stop: &AtomicBool,
+    stats: &Stats,
+) -> Result<(), RunError> {
+    match transport {
+        TransportConfig::Files(config) => files::run(feed, config, stall, stop, stats)?,
+        TransportConfig::Serial(config) => serial::run(feed, config, stall, stop, stats)?,
+        TransportConfig::Ring(config) => ring::run(feed, config, stall, stop, stats)?,
     }
     Ok(())
 }
+
+/// How long a stall is if nobody says.
+const DEFAULT_STALL_MS: u32 = 500;
 
 fn is_stopped(stop: &AtomicBool) -> bool {
     // ORDERING: Relaxed; the flag stands by itself.

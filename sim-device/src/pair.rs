@@ -10,8 +10,9 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::{
-    config::PairConfig,
-    faults::{Fault, FaultConfig},
+    config::{Pace, PairConfig, Seed},
+    dynamics::{EventConfig, Moment, Timeline, Weather},
+    faults::{Fault, WireFault},
 };
 
 /// Which half of a pair.
@@ -28,6 +29,7 @@ pub enum Role {
 #[derive(Debug, Clone)]
 pub struct ModulePair {
     config: PairConfig,
+    weather: Weather,
 }
 
 /// One module of the pair.
@@ -35,6 +37,7 @@ pub struct Half {
     config: PairConfig,
     role: Role,
     generator: DecryptingKey,
+    weather: Weather,
 }
 
 /// A key block as one half delivers it.
@@ -43,13 +46,23 @@ pub struct Block {
     pub number: u64,
     /// Length of the key, in bits.
     pub key_bits: u32,
-    /// Error rate to report, in parts per million.
-    pub qber_ppm: u32,
-    key: Zeroizing<Vec<u8>>,
+    /// Error rate to report, in parts per million; `None` if the module does not tell it.
+    pub qber_ppm: Option<u32>,
+    /// How often the pair has begun to number anew before.
+    pub(crate) generation: u32,
+    /// How often it has been switched on before.
+    pub(crate) restarts: u32,
+    /// When it is whole, in simulated seconds.
+    pub(crate) due_s: f64,
+    /// What the module's clock is ahead by, in seconds.
+    pub(crate) clock_s: f64,
+    /// What happens to it on its way.
+    pub(crate) fault: Option<WireFault>,
+    pub(crate) key: Zeroizing<Vec<u8>>,
 }
 
 /// Why a configuration is not that of a module pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PairError {
     /// A block of no bits, or of more than a block can have.
@@ -78,6 +91,23 @@ pub enum PairError {
         /// Blocks asked for.
         blocks: u64,
     },
+    /// The link is so long that there never would be a block.
+    #[error("this link gives no secret key: make it shorter")]
+    NoKey,
+    /// The pace is that of a link, and there is none; or blocks are collected for a time without one.
+    #[error("pace = \"link\" and block_seconds need a link")]
+    NoLink,
+    /// Time does not pass for a pair that makes blocks as fast as they are taken.
+    #[error("events need a pace: with \"max\" no time passes")]
+    NoTime,
+    /// A time, part or scale that cannot be.
+    #[error("{what} out of range: {value}")]
+    Range {
+        /// What.
+        what: &'static str,
+        /// What was asked for.
+        value: f64,
+    },
 }
 
 impl ModulePair {
@@ -103,6 +133,7 @@ impl ModulePair {
         if qber_ppm > 1_000_000 {
             return Err(PairError::Qber { qber_ppm });
         }
+        Self::check_dynamics(config)?;
         let blocks = config.blocks.unwrap_or(1);
         if first_number
             .checked_add(blocks)
@@ -113,24 +144,71 @@ impl ModulePair {
                 blocks,
             });
         }
+        let mut phases = [0; 48];
+        key_stream(&generator(&config.seed), 0, 0, PHASES, &mut phases);
         Ok(Self {
+            weather: Weather::new(config, phases)?,
             config: config.clone(),
         })
     }
 
-    /// One half.
-    #[must_use]
-    #[expect(clippy::missing_panics_doc, reason = "the seed has the key's length")]
-    pub fn half(&self, role: Role) -> Half {
-        let generator = UnboundCipherKey::new(&AES_256, self.config.seed.expose())
-            .and_then(DecryptingKey::ctr)
-            .expect("32 bytes are an AES-256 key");
-        Half {
-            config: self.config.clone(),
-            role,
-            generator,
+    fn check_dynamics(config: &PairConfig) -> Result<(), PairError> {
+        let out_of_range = |what, value| Err(PairError::Range { what, value });
+        let needs_link = config.pace == Pace::Link || config.block_seconds.is_some();
+        if needs_link && (config.link.is_none() || config.pace != Pace::Link) {
+            return Err(PairError::NoLink);
+        }
+        if !config.events.is_empty() && config.pace == Pace::Max {
+            return Err(PairError::NoTime);
+        }
+        if !(1e-3..=1e6).contains(&config.time_scale) {
+            return out_of_range("time_scale", config.time_scale);
+        }
+        let seconds = config.block_seconds.unwrap_or(1.0);
+        if !(1e-6..=1e6).contains(&seconds) {
+            return out_of_range("block_seconds", seconds);
+        }
+        match config.events.iter().find(|event| !event.is_valid()) {
+            Some(event) => out_of_range("event at", event.at_s()),
+            None => Ok(()),
         }
     }
+
+    /// One half.
+    #[must_use]
+    pub fn half(&self, role: Role) -> Half {
+        Half {
+            generator: generator(&self.config.seed),
+            config: self.config.clone(),
+            role,
+            weather: self.weather.clone(),
+        }
+    }
+}
+
+pub(crate) fn generator(seed: &Seed) -> DecryptingKey {
+    UnboundCipherKey::new(&AES_256, seed.expose())
+        .and_then(DecryptingKey::ctr)
+        .expect("32 bytes are an AES-256 key")
+}
+
+/// Key stream of AES-256 in counter mode. The upper half of the counter is the block's number; the
+/// lower half has the generation in its upper bits and starts at `from`. A block never uses enough to
+/// reach another's.
+pub(crate) fn key_stream(
+    generator: &DecryptingKey,
+    number: u64,
+    generation: u32,
+    from: u64,
+    out: &mut [u8],
+) {
+    out.fill(0);
+    let low = u64::from(generation) << 36 | from;
+    let counter = u128::from(number) << 64 | u128::from(low);
+    let context = DecryptionContext::Iv128(FixedLength::from(counter.to_be_bytes()));
+    generator
+        .decrypt(out, context)
+        .expect("counter mode takes any length");
 }
 
 impl Half {
@@ -149,50 +227,80 @@ impl Half {
     /// What goes wrong with this block, the same at both halves.
     #[must_use]
     pub fn fault(&self, number: u64) -> Option<Fault> {
-        if self.config.faults == FaultConfig::default() {
+        self.fault_of(number, 0, self.config.block_bits)
+    }
+
+    fn fault_of(&self, number: u64, generation: u32, key_bits: u32) -> Option<Fault> {
+        if self.config.faults.is_none() {
             return None;
         }
         let mut random = [0; 16];
-        self.fill(number, PLAN, &mut random);
-        self.config.faults.draw(random, self.config.block_bits)
+        self.fill(number, generation, PLAN, &mut random);
+        match self.config.faults.draw(random, key_bits)? {
+            // There is no block before.
+            Fault::Replayed if number <= self.config.first_number => None,
+            fault => Some(fault),
+        }
     }
 
-    /// The block of this number; `None` if this half does not deliver it.
+    /// The block of this number in a run without events; `None` if this half does not deliver it.
     #[must_use]
     pub fn block(&self, number: u64) -> Option<Block> {
-        let fault = self.fault(number);
-        let key_bits = match fault {
-            Some(Fault::MissingAt(role)) if role == self.role => return None,
-            Some(Fault::Empty) => 0,
-            _ => self.config.block_bits,
-        };
-        let mut key = Zeroizing::new(vec![0; bytes_for_bits(key_bits)]);
-        self.fill(number, KEY, &mut key);
-        if let (Some(last), used @ 1..) = (key.last_mut(), key_bits % 8) {
-            *last &= 0xff << (8 - used);
-        }
-        if let Some(Fault::DiffersAt { role, bit }) = fault
-            && role == self.role
-        {
-            key[(bit / 8) as usize] ^= 0x80 >> (bit % 8);
-        }
-        Some(Block {
+        self.make(&Moment {
+            index: number.saturating_sub(self.config.first_number),
             number,
-            key_bits,
+            generation: 0,
+            restarts: 0,
+            due_s: 0.0,
+            key_bits: self.config.block_bits,
             qber_ppm: self.config.qber_ppm,
-            key,
+            clock_s: 0.0,
         })
     }
 
-    /// Key stream of AES-256 in counter mode under the seed. The upper half of the counter is the
-    /// block's number, the lower half starts at `from`; a block never uses enough to reach another's.
-    fn fill(&self, number: u64, from: u64, out: &mut [u8]) {
-        out.fill(0);
-        let counter = u128::from(number) << 64 | u128::from(from);
-        let context = DecryptionContext::Iv128(FixedLength::from(counter.to_be_bytes()));
-        self.generator
-            .decrypt(out, context)
-            .expect("counter mode takes any length");
+    pub(crate) fn timeline(&self) -> Timeline {
+        Timeline::new(&self.config, self.weather.clone())
+    }
+
+    /// What happens in a run, in order.
+    pub(crate) fn events(&self) -> &[EventConfig] {
+        self.weather.events()
+    }
+
+    /// The fault of a block that is to be made, if it shows at this half.
+    pub(crate) fn fault_here(&self, moment: &Moment) -> Option<Fault> {
+        let fault = self.fault_of(moment.number, moment.generation, moment.key_bits)?;
+        let shows = fault.role().is_none_or(|role| role == self.role);
+        shows.then_some(fault)
+    }
+
+    /// A block; `None` if this half does not deliver it.
+    pub(crate) fn make(&self, moment: &Moment) -> Option<Block> {
+        let fault = self.fault_here(moment);
+        let (key_bits, from) = match fault {
+            Some(Fault::MissingAt(_)) => return None,
+            Some(Fault::Empty) => (0, moment.number),
+            Some(Fault::Replayed) => (moment.key_bits, moment.number - 1),
+            _ => (moment.key_bits, moment.number),
+        };
+        let mut key = Zeroizing::new(vec![0; bytes_for_bits(key_bits)]);
+        self.fill(from, moment.generation, KEY, &mut key);
+        if let Some(Fault::Biased) = fault {
+            bias(&self.generator, from, moment.generation, &mut key);
+        }
+        mask_unused(&mut key, key_bits);
+        if let Some(Fault::DiffersAt { bit, .. }) = fault {
+            key[(bit / 8) as usize] ^= 0x80 >> (bit % 8);
+        }
+        let on_the_way = match fault {
+            Some(Fault::OnTheWay { fault, .. }) => Some(fault),
+            _ => None,
+        };
+        Some(Block::new(moment, key_bits, on_the_way, key))
+    }
+
+    fn fill(&self, number: u64, generation: u32, from: u64, out: &mut [u8]) {
+        key_stream(&self.generator, number, generation, from, out);
     }
 }
 
@@ -208,10 +316,53 @@ impl Block {
     pub fn header(&self, generated_at: Option<UnixTime>) -> BlockHeader {
         BlockHeader {
             number: self.number,
-            generated_at,
+            generated_at: generated_at.map(|at| self.by_its_clock(at)),
             key_bits: self.key_bits,
-            qber_ppm: Some(self.qber_ppm),
+            qber_ppm: self.qber_ppm,
         }
+    }
+}
+
+/// Clears three bits of eight with a probability of one half.
+pub(crate) fn bias(generator: &DecryptingKey, number: u64, generation: u32, key: &mut [u8]) {
+    let mut mask = Zeroizing::new(vec![0; key.len()]);
+    key_stream(generator, number, generation, BIAS, &mut mask);
+    for (byte, mask) in key.iter_mut().zip(mask.iter()) {
+        *byte &= mask | 0b0001_1111;
+    }
+}
+
+/// Clears the unused bits of a key's last byte.
+pub(crate) fn mask_unused(key: &mut [u8], key_bits: u32) {
+    if let (Some(last), used @ 1..) = (key.last_mut(), key_bits % 8) {
+        *last &= 0xff << (8 - used);
+    }
+}
+
+impl Block {
+    pub(crate) fn new(
+        moment: &Moment,
+        key_bits: u32,
+        fault: Option<WireFault>,
+        key: Zeroizing<Vec<u8>>,
+    ) -> Self {
+        Self {
+            number: moment.number,
+            key_bits,
+            qber_ppm: Some(moment.qber_ppm),
+            generation: moment.generation,
+            restarts: moment.restarts,
+            due_s: moment.due_s,
+            clock_s: moment.clock_s,
+            fault,
+            key,
+        }
+    }
+
+    /// What the module's clock shows at a time.
+    #[expect(clippy::cast_possible_truncation, reason = "events bound the step")]
+    pub(crate) fn by_its_clock(&self, at: UnixTime) -> UnixTime {
+        UnixTime(at.0.saturating_add((self.clock_s * 1e9) as i64))
     }
 }
 
@@ -235,13 +386,17 @@ impl std::fmt::Debug for Block {
 
 /// Where the counter of a block's key starts.
 const KEY: u64 = 0;
-/// Where the counter of its fault starts: far beyond the longest key.
+/// Where the counter of what clears its ones starts: beyond the longest key.
+const BIAS: u64 = 1 << 31;
+/// Where the counter of its fault starts.
 const PLAN: u64 = 1 << 32;
+/// Where the counter of the pair's phases of drift starts.
+const PHASES: u64 = 1 << 33;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::tests::config;
+    use crate::{config::tests::config, faults::FaultConfig};
 
     fn halves(config: &PairConfig) -> [Half; 2] {
         let pair = ModulePair::new(config).unwrap();
@@ -293,6 +448,7 @@ mod tests {
             one_sided_per_million: 200_000,
             differing_per_million: 200_000,
             empty_per_million: 200_000,
+            ..FaultConfig::default()
         };
         let [tx, rx] = halves(&config);
         let mut seen = [0; 4];
@@ -321,6 +477,7 @@ mod tests {
                     assert_eq!((a.unwrap().key_bits, b.unwrap().key().len()), (0, 0));
                     3
                 }
+                Some(other) => panic!("{other:?} was not planned"),
             };
             seen[kind] += 1;
         }
@@ -334,6 +491,48 @@ mod tests {
     }
 
     #[test]
+    fn what_is_replayed_is_the_block_before_and_what_is_biased_lacks_ones_at_both_halves() {
+        let mut config = config();
+        config.faults = FaultConfig {
+            replayed_per_million: 300_000,
+            biased_per_million: 300_000,
+            ..FaultConfig::default()
+        };
+        let [tx, rx] = halves(&config);
+        let plain = halves(&PairConfig {
+            faults: FaultConfig::default(),
+            ..config
+        });
+        let mut ones = (0, 0);
+        for number in 0..200 {
+            let block = tx.block(number).unwrap();
+            assert_eq!(block.key(), rx.block(number).unwrap().key());
+            match tx.fault(number) {
+                Some(Fault::Replayed) => {
+                    assert_eq!(block.key(), plain[0].block(number - 1).unwrap().key());
+                }
+                Some(Fault::Biased) => {
+                    let count: u32 = block.key().iter().map(|byte| byte.count_ones()).sum();
+                    ones = (ones.0 + count, ones.1 + block.key_bits);
+                }
+                _ => assert_eq!(block.key(), plain[0].block(number).unwrap().key()),
+            }
+        }
+        // Three bits of eight are ones in a quarter of the cases only: 40.6 %.
+        let ratio = f64::from(ones.0) / f64::from(ones.1);
+        assert!((0.39..0.42).contains(&ratio), "{ratio}");
+    }
+
+    #[test]
+    fn a_generation_has_bits_of_its_own() {
+        let [tx, _] = halves(&config());
+        let mut moment = tx.timeline().next().unwrap();
+        let before = tx.make(&moment).unwrap();
+        moment.generation = 1;
+        assert_ne!(tx.make(&moment).unwrap().key(), before.key());
+    }
+
+    #[test]
     fn an_impossible_pair_is_refused() {
         let with = |change: fn(&mut PairConfig)| {
             let mut config = config();
@@ -343,6 +542,21 @@ mod tests {
         assert_eq!(
             with(|c| c.block_bits = 0),
             PairError::BlockBits { block_bits: 0 }
+        );
+        assert_eq!(with(|c| c.pace = Pace::Link), PairError::NoLink);
+        assert_eq!(
+            with(|c| c.events = vec![EventConfig::ClockStep {
+                at_s: 1.0,
+                by_s: 1.0
+            }]),
+            PairError::NoTime
+        );
+        assert_eq!(
+            with(|c| c.time_scale = 0.0),
+            PairError::Range {
+                what: "time_scale",
+                value: 0.0
+            }
         );
         assert_eq!(
             with(|c| c.faults.empty_per_million = 1_000_001),

@@ -6,7 +6,7 @@
 //! delivered when ring or greeting say that it is durable.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
@@ -17,10 +17,10 @@ use std::{
 
 use qkd_handover::{
     ring::{
-        Producer, WriteError,
+        Harm, Producer, WriteError,
         greeting::{GREETING_BYTES, Greeting},
     },
-    status::ModuleState,
+    status::{ModuleState, Status},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -33,9 +33,10 @@ use rustix::{
 use serde::Deserialize;
 
 use crate::{
+    faults::WireFault,
     feed::{self, Feed, unix_now},
     is_stopped,
-    pair::{Block, Half},
+    pair::Block,
     stats::Stats,
 };
 
@@ -77,6 +78,9 @@ const BEATS_PER_STATUS: u32 = 10;
 /// Pause when the ring is full.
 const FULL_PAUSE: Duration = Duration::from_micros(100);
 
+/// How long half a record stands in the ring.
+const SPLIT_PAUSE: Duration = Duration::from_millis(20);
+
 /// Most blocks that may wait to become durable; then the module pauses.
 const MAX_UNSETTLED: usize = 1 << 16;
 
@@ -85,17 +89,25 @@ const MAX_UNSETTLED: usize = 1 << 16;
 /// # Errors
 ///
 /// See [`RingError`]. A bridge that is not there is waited for.
-pub fn run(
-    half: Half,
+pub(crate) fn run(
+    feed: Feed<'_>,
     config: &RingConfig,
+    stall: Duration,
     stop: &AtomicBool,
     stats: &Stats,
 ) -> Result<(), RingError> {
     let mut module = Module {
-        feed: Feed::new(half, stats),
+        feed,
         stats,
         unsettled: VecDeque::new(),
         start: Instant::now(),
+        stall,
+        restarts: 0,
+        dropped: BTreeSet::new(),
+        dropped_blocks: 0,
+        waiting: None,
+        held: None,
+        silent_until: None,
     };
     while !is_stopped(stop) {
         let attached = attach(&config.socket, stop).map_err(|source| RingError::Connect {
@@ -129,6 +141,18 @@ struct Module<'a> {
     /// Number and length in bits of the blocks that were written and are not known to be durable.
     unsettled: VecDeque<(u64, u32)>,
     start: Instant,
+    /// How long a stall is.
+    stall: Duration,
+    /// How often the module had been switched on when it made its last block.
+    restarts: u32,
+    /// Blocks that were dropped: they do not come again.
+    dropped: BTreeSet<u64>,
+    dropped_blocks: u64,
+    /// A block that found no room, or that is the first after a restart.
+    waiting: Option<Block>,
+    /// A block that the next overtakes.
+    held: Option<Block>,
+    silent_until: Option<Instant>,
 }
 
 impl Module<'_> {
@@ -141,12 +165,21 @@ impl Module<'_> {
     ) -> Result<bool, RingError> {
         self.settle(greeting.last_durable);
         self.unsettled.clear();
-        self.feed
-            .seek(greeting.last_durable.map_or(0, |number| number + 1));
-        let mut waiting = None;
+        self.held = None;
+        // It comes again.
+        self.waiting = None;
+        self.feed.seek_after(greeting.last_durable);
+        // What the last ring was told of is told.
+        self.dropped_blocks = 0;
         let (mut beats, mut beat_at, mut has_ended) = (0, Instant::now(), false);
         while !is_stopped(stop) {
             self.settle(ring.producer.durable());
+            if self.is_silent() {
+                if ring.is_closed(FULL_PAUSE) {
+                    return Ok(false);
+                }
+                continue;
+            }
             if beat_at <= Instant::now() {
                 beat_at = Instant::now() + BEAT_EVERY;
                 self.beat(&mut ring, beats);
@@ -156,16 +189,22 @@ impl Module<'_> {
                 }
             }
             if self.unsettled.len() < MAX_UNSETTLED
-                && let Some(block) = waiting.take().or_else(|| self.feed.poll_next())
+                && let Some(block) = self.waiting.take().or_else(|| self.feed.poll_next())
             {
-                match self.write(&mut ring, &block)? {
-                    Written::Yes => {}
-                    Written::Full => waiting = Some(block),
-                    Written::Broken => return Ok(false),
+                if block.restarts != self.restarts {
+                    self.restarts = block.restarts;
+                    return Ok(false);
                 }
-                continue;
+                match self.deliver(&mut ring, block)? {
+                    Written::Broken => return Ok(false),
+                    Written::Yes | Written::Full => continue,
+                }
             }
-            if self.feed.is_finished() && waiting.is_none() {
+            if self.feed.is_finished() && self.waiting.is_none() {
+                if let Some(held) = self.held.take() {
+                    self.waiting = Some(held);
+                    continue;
+                }
                 has_ended = has_ended || ring.end();
                 if has_ended && self.unsettled.is_empty() {
                     return Ok(true);
@@ -178,14 +217,88 @@ impl Module<'_> {
         Ok(true)
     }
 
-    fn write(&mut self, ring: &mut Ring, block: &Block) -> Result<Written, RingError> {
-        match ring
-            .producer
-            .write_block(&block.header(unix_now()), block.key())
-        {
+    fn is_silent(&mut self) -> bool {
+        self.silent_until = self.silent_until.filter(|until| Instant::now() < *until);
+        self.silent_until.is_some()
+    }
+
+    /// Writes a block, with what is planned to happen to it.
+    fn deliver(&mut self, ring: &mut Ring, mut block: Block) -> Result<Written, RingError> {
+        if self.dropped.contains(&block.number) {
+            return Ok(Written::Yes);
+        }
+        let fault = block.fault.take();
+        let mut times = 1;
+        let mut harm = None;
+        match fault {
+            Some(WireFault::Drop) => {
+                self.dropped.insert(block.number);
+                self.dropped_blocks += 1;
+                self.beat(ring, 1);
+                return Ok(Written::Yes);
+            }
+            Some(WireFault::Stall) => {
+                self.silent_until = Some(Instant::now() + self.stall);
+                self.waiting = Some(block);
+                return Ok(Written::Full);
+            }
+            Some(WireFault::Reorder) if self.held.is_none() => {
+                self.held = Some(block);
+                return Ok(Written::Yes);
+            }
+            // One at a time.
+            Some(WireFault::Reorder) => {}
+            Some(WireFault::Duplicate) => times = 2,
+            Some(WireFault::Flip(pick)) => harm = Some(Harm::Flip { bit: pick as usize }),
+            Some(WireFault::Split) => harm = Some(Harm::Short),
+            Some(WireFault::HangUp) => harm = Some(Harm::Unfinished),
+            None => {}
+        }
+        for _ in 0..times {
+            match self.write(ring, &block, harm)? {
+                Written::Yes => {}
+                Written::Full => {
+                    block.fault = fault;
+                    self.waiting = Some(block);
+                    return Ok(Written::Full);
+                }
+                Written::Broken => return Ok(Written::Broken),
+            }
+        }
+        match fault {
+            Some(WireFault::HangUp) => return Ok(Written::Broken),
+            // Long enough that it is seen.
+            Some(WireFault::Split) => std::thread::sleep(SPLIT_PAUSE),
+            _ => {}
+        }
+        let Some(held) = self.held.take() else {
+            return Ok(Written::Yes);
+        };
+        let written = self.write(ring, &held, None)?;
+        if let Written::Full = written {
+            self.waiting = Some(held);
+        }
+        Ok(written)
+    }
+
+    fn write(
+        &mut self,
+        ring: &mut Ring,
+        block: &Block,
+        harm: Option<Harm>,
+    ) -> Result<Written, RingError> {
+        let header = block.header(unix_now());
+        let written = match harm {
+            None => ring.producer.write_block(&header, block.key()),
+            Some(harm) => ring.producer.write_block_with(&header, block.key(), harm),
+        };
+        match written {
             Ok(sleeps) => {
                 ring.wake_if(sleeps);
-                self.unsettled.push_back((block.number, block.key_bits));
+                let entry = (block.number, block.key_bits);
+                if self.unsettled.back() != Some(&entry) {
+                    self.unsettled.push_back(entry);
+                }
                 Ok(Written::Yes)
             }
             Err(WriteError::Full { .. }) => {
@@ -197,14 +310,19 @@ impl Module<'_> {
         }
     }
 
-    fn beat(&self, ring: &mut Ring, beats: u32) {
+    fn beat(&mut self, ring: &mut Ring, beats: u32) {
         let now_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        // Nothing is dropped: a full ring makes this module wait.
-        ring.producer.beat(now_ns, Some(ModuleState::Running), 0);
+        let status = self.feed.status();
+        let state = status.state.or(Some(ModuleState::Running));
+        ring.producer.beat(now_ns, state, self.dropped_blocks);
         // A status that finds no room is not missed: another follows.
-        if beats.is_multiple_of(BEATS_PER_STATUS)
-            && let Ok(sleeps) = ring.producer.write_status(&self.feed.status())
-        {
+        if beats.is_multiple_of(BEATS_PER_STATUS) {
+            self.tell(ring, &status);
+        }
+    }
+
+    fn tell(&self, ring: &mut Ring, status: &Status) {
+        if let Ok(sleeps) = ring.producer.write_status(status) {
             ring.wake_if(sleeps);
         }
     }
@@ -217,6 +335,7 @@ impl Module<'_> {
             self.unsettled.pop_front();
             self.stats.add_delivered(key_bits);
         }
+        self.dropped = self.dropped.split_off(&durable);
     }
 }
 

@@ -4,6 +4,7 @@
 //! that died or a line that broke has lost; see [`qkd_handover::serial`]. A block counts as
 //! delivered when it is durable at the host.
 
+mod harm;
 mod port;
 
 use std::{
@@ -25,11 +26,11 @@ use rustix::{
 use serde::Deserialize;
 use zeroize::{Zeroize, Zeroizing};
 
-use self::port::Port;
+use self::{harm::Harm, port::Port};
 use crate::{
     feed::{self, Feed, unix_now},
     is_stopped,
-    pair::{Block, Half},
+    pair::Block,
     stats::Stats,
 };
 
@@ -54,6 +55,20 @@ pub struct SerialConfig {
     /// Silence of the host after which blocks are sent again, in milliseconds.
     #[serde(default = "default_retry_ms")]
     pub retry_ms: u32,
+}
+
+impl SerialConfig {
+    /// The defaults for a port.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            make_pty: false,
+            baud: default_baud(),
+            device: default_device(),
+            capacity_blocks: default_capacity_blocks(),
+            retry_ms: default_retry_ms(),
+        }
+    }
 }
 
 /// Why the device cannot be played.
@@ -96,6 +111,9 @@ const fn default_retry_ms() -> u32 {
 /// Time between two looks at a port that is not there.
 const REOPEN_AFTER: Duration = Duration::from_millis(100);
 
+/// How long a device that was pulled out stays away.
+const UNPLUGGED: Duration = Duration::from_millis(50);
+
 /// Time between two status frames.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 
@@ -107,9 +125,10 @@ const BATCH_BYTES: usize = 32 * 1024;
 /// # Errors
 ///
 /// See [`SerialError`]. A port that is not there, or is unplugged, is waited for.
-pub fn run(
-    half: Half,
+pub(crate) fn run(
+    feed: Feed<'_>,
     config: &SerialConfig,
+    stall: Duration,
     stop: &AtomicBool,
     stats: &Stats,
 ) -> Result<(), SerialError> {
@@ -117,7 +136,7 @@ pub fn run(
         path: config.path.clone(),
         source,
     };
-    let mut device = Device::new(half, config, stats)?;
+    let mut device = Device::new(feed, config, stall, stats)?;
     let mut port = Port::new(config).map_err(port_error)?;
     while !is_stopped(stop) && !device.sender.is_done() {
         let Some(line) = port.open().map_err(port_error)? else {
@@ -127,15 +146,31 @@ pub fn run(
         stats.set_connected(true);
         let broken = device.talk(line, stop)?;
         stats.set_connected(false);
-        if let Err(errno) = broken {
-            tracing::debug!(path = %config.path.display(), %errno, "serial line is gone");
-            port.close();
+        match broken {
+            Ok(()) => {}
+            Err(Broken::Line(errno)) => {
+                tracing::debug!(path = %config.path.display(), %errno, "serial line is gone");
+                port.close();
+            }
+            Err(Broken::Unplugged) => {
+                port.unplug();
+                feed::sleep(UNPLUGGED, stop);
+            }
         }
     }
     Ok(())
 }
 
+/// Why the conversation ended.
+enum Broken {
+    /// The line did, by itself.
+    Line(Errno),
+    /// The device was switched off, or pulled out.
+    Unplugged,
+}
+
 struct Device<'a> {
+    config: &'a SerialConfig,
     sender: Sender,
     decoder: Decoder,
     feed: Feed<'a>,
@@ -149,29 +184,47 @@ struct Device<'a> {
     out: Zeroizing<Vec<u8>>,
     written_bytes: usize,
     status_at: Instant,
+    /// How often the module had been switched on, and had numbered anew, when it made its last block.
+    restarts: (u32, u32),
+    harm: Harm,
 }
 
 impl<'a> Device<'a> {
-    fn new(half: Half, config: &SerialConfig, stats: &'a Stats) -> Result<Self, SerialError> {
+    fn new(
+        feed: Feed<'a>,
+        config: &'a SerialConfig,
+        stall: Duration,
+        stats: &'a Stats,
+    ) -> Result<Self, SerialError> {
         let start = Instant::now();
         Ok(Self {
-            sender: Sender::new(
-                new_session(),
-                &config.device,
-                config.capacity_blocks as usize,
-                Duration::from_millis(config.retry_ms.into()),
-            )?,
+            config,
+            sender: new_sender(config)?,
             decoder: Decoder::new(),
-            feed: Feed::new(half, stats),
+            feed,
             stats,
             start,
             waiting: None,
             kept_bits: VecDeque::new(),
             resent: 0,
-            out: Zeroizing::new(Vec::with_capacity(BATCH_BYTES + MAX_ENCODED_BYTES)),
+            out: Zeroizing::new(Vec::with_capacity(BATCH_BYTES + 3 * MAX_ENCODED_BYTES)),
             written_bytes: 0,
             status_at: start,
+            restarts: (0, 0),
+            harm: Harm::new(stall),
         })
+    }
+
+    /// Switches the device off and on again. One that numbers anew has lost what it kept.
+    fn restart(&mut self, restarts: (u32, u32)) -> Result<(), SerialError> {
+        if restarts.1 != self.restarts.1 {
+            self.sender = new_sender(self.config)?;
+            self.kept_bits.clear();
+            self.resent = 0;
+            self.harm.forget();
+        }
+        self.restarts = restarts;
+        Ok(())
     }
 
     /// Talks to the host until the line breaks (inner error), or there is nothing more to do.
@@ -179,29 +232,44 @@ impl<'a> Device<'a> {
         &mut self,
         line: BorrowedFd<'_>,
         stop: &AtomicBool,
-    ) -> Result<Result<(), Errno>, SerialError> {
+    ) -> Result<Result<(), Broken>, SerialError> {
         self.sender.reconnected();
         self.decoder.reset();
         self.wipe_out();
+        self.harm.begin_line();
         while !is_stopped(stop) && !self.sender.is_done() {
-            self.collect()?;
+            if !self.collect()? {
+                return Ok(Err(Broken::Unplugged));
+            }
             self.encode();
             if let Err(errno) = self.exchange(line) {
-                return Ok(Err(errno));
+                return Ok(Err(Broken::Line(errno)));
+            }
+            if self.harm.hangs_up(self.written_bytes) {
+                return Ok(Err(Broken::Unplugged));
             }
             self.account();
         }
         Ok(Ok(()))
     }
 
-    /// Gives the sender the blocks whose time has come.
-    fn collect(&mut self) -> Result<(), SerialError> {
+    /// Gives the sender the blocks whose time has come; `false` if the device is switched off and on.
+    fn collect(&mut self) -> Result<bool, SerialError> {
         while let Some(block) = self.waiting.take().or_else(|| self.feed.poll_next()) {
+            let restarts = (block.restarts, block.generation);
+            if restarts != self.restarts {
+                self.waiting = Some(block);
+                self.restart(restarts)?;
+                return Ok(false);
+            }
             match self.sender.offer(block.header(unix_now()), block.key()) {
-                Ok(_) => self.kept_bits.push_back(block.key_bits),
+                Ok(seq) => {
+                    self.kept_bits.push_back(block.key_bits);
+                    self.harm.plan(seq, block.fault);
+                }
                 Err(OfferError::Full { .. }) => {
                     self.waiting = Some(block);
-                    return Ok(());
+                    return Ok(true);
                 }
                 Err(error) => return Err(SerialError::Block(error)),
             }
@@ -213,7 +281,7 @@ impl<'a> Device<'a> {
             self.status_at = Instant::now() + STATUS_EVERY;
             self.sender.set_status(self.feed.status());
         }
-        Ok(())
+        Ok(true)
     }
 
     fn encode(&mut self) {
@@ -223,14 +291,25 @@ impl<'a> Device<'a> {
             return;
         }
         self.wipe_out();
-        while self.out.len() < BATCH_BYTES && self.sender.poll_transmit(now, &mut self.out) {}
+        while self.out.len() < BATCH_BYTES {
+            let (start, sent) = (self.out.len(), self.sender.counters().sent);
+            if !self.sender.poll_transmit(now, &mut self.out) {
+                break;
+            }
+            let is_fresh = self.sender.counters().sent > sent;
+            // Sequence numbers begin at 1: that of the last fresh frame is how many were sent.
+            if is_fresh && self.harm.touch(sent + 1, start, &mut self.out) {
+                break;
+            }
+        }
     }
 
     /// Waits for the line, then reads and writes what it takes.
     fn exchange(&mut self, line: BorrowedFd<'_>) -> Result<(), Errno> {
         let mut flags = PollFlags::IN;
         let mut nap = self.feed.nap();
-        if self.written_bytes < self.out.len() {
+        let end = self.harm.may_write(self.written_bytes, self.out.len());
+        if self.written_bytes < end {
             flags |= PollFlags::OUT;
         }
         if let Some(at) = self.sender.poll_timeout() {
@@ -249,9 +328,8 @@ impl<'a> Device<'a> {
             self.read(line)?;
         }
         if ready.contains(PollFlags::OUT) {
-            let bytes =
-                would_block_is_zero(rustix::io::write(line, &self.out[self.written_bytes..]))?;
-            self.written_bytes += bytes;
+            let unwritten = &self.out[self.written_bytes..end];
+            self.written_bytes += would_block_is_zero(rustix::io::write(line, unwritten))?;
         }
         Ok(())
     }
@@ -293,6 +371,15 @@ impl<'a> Device<'a> {
     fn now(&self) -> Mono {
         Mono(self.start.elapsed())
     }
+}
+
+fn new_sender(config: &SerialConfig) -> Result<Sender, EncodeError> {
+    Sender::new(
+        new_session(),
+        &config.device,
+        config.capacity_blocks as usize,
+        Duration::from_millis(config.retry_ms.into()),
+    )
 }
 
 fn would_block_is_zero(result: Result<usize, Errno>) -> Result<usize, Errno> {

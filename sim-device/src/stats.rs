@@ -1,6 +1,14 @@
 //! What a half has done so far, readable while it runs.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use qkd_handover::status::Status;
 
 // ORDERING, for the whole file: Relaxed. Each counter stands by itself.
 
@@ -14,6 +22,46 @@ pub struct Stats {
     sent_again: AtomicU64,
     delivered: AtomicU64,
     delivered_bits: AtomicU64,
+    faults: AtomicU64,
+    events: AtomicU64,
+    told: Mutex<Told>,
+}
+
+/// What is not a counter.
+#[derive(Debug, Default)]
+struct Told {
+    status: Status,
+    visibility_ppm: Option<u32>,
+    notes: VecDeque<Note>,
+}
+
+/// Most notes that wait to be taken; then the oldest are forgotten.
+const MAX_NOTES: usize = 4096;
+
+/// Something that happened at a half.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Note {
+    /// When, in simulated seconds.
+    pub at_s: f64,
+    /// What.
+    pub what: NoteKind,
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum NoteKind {
+    /// A fault of a block, by the plan.
+    Fault {
+        /// The block's number.
+        number: u64,
+        /// Name of the fault, as in the plan.
+        name: &'static str,
+    },
+    /// An event began.
+    Event {
+        /// Name of the event, as in the plan.
+        name: &'static str,
+    },
 }
 
 /// [`Stats`] at one moment.
@@ -33,6 +81,14 @@ pub struct Snapshot {
     pub delivered: u64,
     /// Key bits in these.
     pub delivered_bits: u64,
+    /// Faults of blocks so far.
+    pub faults: u64,
+    /// Events so far.
+    pub events: u64,
+    /// What the module says of itself.
+    pub status: Status,
+    /// Visibility of its interference, in parts per million.
+    pub visibility_ppm: Option<u32>,
 }
 
 impl Stats {
@@ -40,6 +96,7 @@ impl Stats {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let told = self.told();
         Snapshot {
             connected: self.connected.load(Ordering::Relaxed),
             connections: get(&self.connections),
@@ -48,7 +105,41 @@ impl Stats {
             sent_again: get(&self.sent_again),
             delivered: get(&self.delivered),
             delivered_bits: get(&self.delivered_bits),
+            faults: get(&self.faults),
+            events: get(&self.events),
+            status: told.status,
+            visibility_ppm: told.visibility_ppm,
         }
+    }
+
+    /// What happened since the last call.
+    #[must_use]
+    pub fn take_notes(&self) -> Vec<Note> {
+        self.told().notes.drain(..).collect()
+    }
+
+    pub(crate) fn add_note(&self, note: Note) {
+        let counter = match note.what {
+            NoteKind::Fault { .. } => &self.faults,
+            NoteKind::Event { .. } => &self.events,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let mut told = self.told();
+        if told.notes.len() == MAX_NOTES {
+            told.notes.pop_front();
+        }
+        told.notes.push_back(note);
+    }
+
+    pub(crate) fn set_status(&self, status: Status, visibility_ppm: Option<u32>) {
+        let mut told = self.told();
+        told.status = status;
+        told.visibility_ppm = visibility_ppm;
+    }
+
+    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
+        // Nothing panics while it is held, and nothing in it could be half done.
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn set_connected(&self, connected: bool) {

@@ -28,9 +28,6 @@ const BLOCKS: u64 = 300;
 
 fn pair() -> PairConfig {
     PairConfig {
-        seed: "5a".repeat(32).parse().unwrap(),
-        block_bits: 7637,
-        pace: Pace::Max,
         qber_ppm: 20_000,
         first_number: 10,
         blocks: Some(BLOCKS),
@@ -38,7 +35,9 @@ fn pair() -> PairConfig {
             one_sided_per_million: 50_000,
             differing_per_million: 50_000,
             empty_per_million: 50_000,
+            ..FaultConfig::default()
         },
+        ..PairConfig::new("5a".repeat(32).parse().unwrap(), 7637, Pace::Max)
     }
 }
 

@@ -25,9 +25,6 @@ const BLOCKS: u64 = 120;
 
 fn pair() -> PairConfig {
     PairConfig {
-        seed: "c3".repeat(32).parse().unwrap(),
-        block_bits: 20_001,
-        pace: Pace::Max,
         qber_ppm: 31_000,
         first_number: 1,
         blocks: Some(BLOCKS),
@@ -35,7 +32,9 @@ fn pair() -> PairConfig {
             one_sided_per_million: 50_000,
             differing_per_million: 0,
             empty_per_million: 50_000,
+            ..FaultConfig::default()
         },
+        ..PairConfig::new("c3".repeat(32).parse().unwrap(), 20_001, Pace::Max)
     }
 }
 

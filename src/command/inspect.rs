@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::{Failure, chain};
+use super::{Failure, chain, randomness::Randomness};
 
 /// Longest file that is read: a key file of 2^26 bits. Nobody hands over more at once.
 const MAX_FILE_BYTES: usize = (8 << 20) + MAX_METADATA_BYTES + 20;
@@ -77,22 +77,6 @@ struct Type7Fields {
     first_epoch: u32,
     epochs: u32,
     name_matches: bool,
-}
-
-/// How the bits are spread, at a glance. A glance finds a stuck bit, not a bad generator.
-#[derive(Debug, PartialEq, Serialize)]
-struct Randomness {
-    ones: u64,
-    /// One half in the long run.
-    ones_ratio: f64,
-    /// Deviation of the ones, in standard deviations; beyond 4 is worth a question.
-    ones_sigma: f64,
-    /// Part of neighbouring bits that differ; one half in the long run.
-    changes_ratio: f64,
-    /// Its deviation, in standard deviations.
-    changes_sigma: f64,
-    /// Most equal bits in a row; about the logarithm of their number to base 2.
-    longest_run_bits: u64,
 }
 
 impl InspectArgs {
@@ -195,37 +179,6 @@ fn withhold(mut metadata: Value) -> Value {
     metadata
 }
 
-impl Randomness {
-    /// Of the first `bits` bits; `None` where there are too few to say anything.
-    #[expect(clippy::cast_precision_loss, reason = "at most 2^26 bits")]
-    fn of(key: &[u8], bits: u32) -> Option<Self> {
-        if bits < 2 {
-            return None;
-        }
-        let bit = |at: u32| key[(at / 8) as usize] >> (7 - at % 8) & 1;
-        let (mut ones, mut changes, mut run, mut longest) = (0, 0_u64, 0_u64, 0);
-        let mut before = bit(0);
-        for at in 0..bits {
-            let now = bit(at);
-            ones += u64::from(now);
-            changes += u64::from(now != before);
-            run = if now == before { run + 1 } else { 1 };
-            longest = run.max(longest);
-            before = now;
-        }
-        let sigma = |count: u64, of: f64| (2.0 * count as f64 - of) / of.sqrt();
-        let (bits, pairs) = (f64::from(bits), f64::from(bits - 1));
-        Some(Self {
-            ones,
-            ones_ratio: ones as f64 / bits,
-            ones_sigma: sigma(ones, bits),
-            changes_ratio: changes as f64 / pairs,
-            changes_sigma: sigma(changes, pairs),
-            longest_run_bits: longest,
-        })
-    }
-}
-
 impl Inspection {
     fn print(&self) {
         let contents = &self.contents;
@@ -255,49 +208,13 @@ impl Inspection {
             None => {}
         }
         if let Some(random) = &contents.randomness {
-            line(
-                "ones",
-                format!(
-                    "{:.2} % ({:+.1} sigma)",
-                    random.ones_ratio * 100.0,
-                    random.ones_sigma
-                ),
-            );
-            line(
-                "changes",
-                format!(
-                    "{:.2} % ({:+.1} sigma)",
-                    random.changes_ratio * 100.0,
-                    random.changes_sigma
-                ),
-            );
-            line("longest run", format!("{} bits", random.longest_run_bits));
+            for (name, value) in random.lines() {
+                line(name, value);
+            }
         }
         if let Some(metadata) = &contents.metadata {
             let json = format!("{metadata:#}");
             line("metadata", json.replace('\n', &format!("\n{:15}", "")));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bits_are_counted_to_the_last_one_and_not_further() {
-        // 1111 0000 1|000 0000: nine bits.
-        let random = Randomness::of(&[0xf0, 0x80], 9).unwrap();
-        assert_eq!((random.ones, random.longest_run_bits), (5, 4));
-        assert!((random.changes_ratio - 2.0 / 8.0).abs() < 1e-9);
-        assert!((random.ones_sigma - 1.0 / 3.0).abs() < 1e-9);
-        assert_eq!(Randomness::of(&[0x80], 1), None);
-    }
-
-    #[test]
-    fn stuck_bits_are_far_from_the_middle() {
-        assert!(Randomness::of(&[0xff; 128], 1024).unwrap().ones_sigma > 30.0);
-        let alternating = Randomness::of(&[0x55; 128], 1024).unwrap();
-        assert!(alternating.ones_sigma.abs() < 0.1 && alternating.changes_sigma > 30.0);
     }
 }

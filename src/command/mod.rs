@@ -4,6 +4,7 @@
 //! configuration file is wrong.
 
 mod bench;
+mod bringup;
 mod completions;
 mod config;
 mod controller;
@@ -11,6 +12,7 @@ mod demo;
 mod inspect;
 mod log;
 mod pki;
+mod randomness;
 mod run;
 mod sim;
 mod status;
@@ -65,12 +67,14 @@ enum Command {
         Three nodes, a controller and simulated devices run as processes of their own, on loopback. \
         Exit status 0 only if every key was the same at both ends.")]
     Demo(demo::DemoArgs),
-    /// Play module pairs, over the transports of real ones.
-    #[command(after_help = "Examples:\n  qkd-bridge sim --config sim.toml\n  \
-        qkd-bridge sim --config sim.toml --processes\n  \
-        qkd-bridge sim --config sim.toml --half mp1:transmitter\n\n\
-        Without a `seed` in the file every run has a fresh one; then the two halves of a pair must \
-        be started by one command.")]
+    /// Play module pairs, over the transports of real ones; or print what a system's key rate is.
+    #[command(after_help = "Examples:\n  qkd-bridge sim --example > sim.toml\n  \
+        qkd-bridge sim --config sim.toml\n  \
+        qkd-bridge sim --config sim.toml --processes --seconds 60\n  \
+        qkd-bridge sim --config sim.toml --half mp1:transmitter --seed <HEX>\n  \
+        qkd-bridge sim rate --preset gys\n\n\
+        Without a `seed` every run has a fresh one, which is printed; then the two halves of a pair \
+        must be started by one command, or both be given it. The blocks are as secret as the seed.")]
     Sim(sim::SimArgs),
     /// Measure what this machine can do: each stage, beside what one would write first.
     #[command(after_help = "Examples:\n  qkd-bridge bench\n  \
@@ -78,6 +82,31 @@ enum Command {
         Every answer is checked before it is timed. Cases take turns, so the ratios hold on a \
         machine that is not idle.")]
     Bench(bench::BenchArgs),
+    /// Look at a module through its driver, and say what it does: rates, gaps, damage, randomness.
+    #[command(
+        after_help = "Examples:\n  qkd-bridge probe /dev/serial/by-id/usb-Vendor_QKD_0001-if00-port0\n  \
+        qkd-bridge probe /run/qkd/keys --seconds 60 --json\n  \
+        qkd-bridge probe /run/qkd/tx-1.sock --blocks 100\n  \
+        qkd-bridge probe --driver '{ kind = \"directory\", path = \"/run/qkd/keys\", epochs = \"local\" }'\n\n\
+        Key bytes are never shown. Where the device cannot be used, the command that mends it is. \
+        Exit status 1 if nothing was heard of the module."
+    )]
+    Probe(bringup::ProbeArgs),
+    /// Write down what a module does, without its keys, so that it can be sent to someone.
+    #[command(
+        after_help = "Examples:\n  qkd-bridge record /dev/ttyUSB0 -o tx.trace --seconds 60\n  \
+        qkd-bridge record /run/qkd/keys -o keys.trace --blocks 1000 --consume\n\n\
+        The trace has times, lengths, IDs, error rates, losses and defects, and no key bit."
+    )]
+    Record(bringup::RecordArgs),
+    /// Play a trace to a bridge, over a real transport, with keys made up.
+    #[command(
+        after_help = "Examples:\n  qkd-bridge replay tx.trace --to /tmp/tty-replay\n  \
+        qkd-bridge replay ring.trace --to /run/qkd/tx-1.sock --speed 10\n  \
+        qkd-bridge replay keys.trace --to /run/qkd/keys\n\n\
+        Both ends of a link can be played from one trace: equal seeds make equal keys."
+    )]
+    Replay(bringup::ReplayArgs),
     /// Say what is in a hand-over file, without its key bytes; exit status 1 if it is bad.
     #[command(
         after_help = "Examples:\n  qkd-bridge inspect /run/qkd/keys/6a1f00c4\n  \
@@ -164,6 +193,8 @@ enum Failure {
     },
     #[error(transparent)]
     Store(#[from] store::StoreError),
+    #[error(transparent)]
+    BringUp(#[from] bringup::BringUpError),
     #[error("the store failed; the node has stopped")]
     StoreFailed,
     #[error("the system refused")]
@@ -184,6 +215,7 @@ impl Failure {
             | Self::Sim { .. }
             | Self::SimProcess(_)
             | Self::Inspect { .. }
+            | Self::BringUp(_)
             | Self::StoreFailed
             | Self::System(_) => 1,
         }
@@ -258,6 +290,9 @@ impl Command {
             Self::Demo(args) => args.run(levels),
             Self::Sim(args) => args.run(levels),
             Self::Bench(args) => args.run(),
+            Self::Probe(args) => args.run(levels),
+            Self::Record(args) => args.run(levels),
+            Self::Replay(args) => args.run(levels),
             Self::Inspect(args) => args.run(),
             Self::Pki { command } => command.run(),
             Self::Config { command } => command.run(),

@@ -130,7 +130,9 @@ impl ModuleState {
         }
     }
 
-    fn from_name(name: &str) -> Option<Self> {
+    /// The state of a name in a status text.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|state| state.name() == name)
     }
 }

@@ -25,8 +25,18 @@ pub(super) enum Port {
         baud: u32,
         open: Option<OwnedFd>,
     },
-    /// The master end. The host's end is not held open here, so that its comings and goings show.
-    Pty { master: OwnedFd, _link: Link },
+    /// A pseudo-terminal, made when there is none.
+    Pty {
+        path: PathBuf,
+        baud: u32,
+        open: Option<Pty>,
+    },
+}
+
+/// The master end. The host's end is not held open here, so that its comings and goings show.
+pub(super) struct Pty {
+    master: OwnedFd,
+    _link: Link,
 }
 
 /// A link to the host's end, removed with the port.
@@ -41,18 +51,10 @@ impl Port {
                 open: None,
             });
         }
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
-        grantpt(&master)?;
-        unlockpt(&master)?;
-        fcntl_setfl(&master, OFlags::NONBLOCK)?;
-        let name = ptsname(&master, Vec::new())?;
-        let slave = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
-        // Until the host's end was open once, the master does not tell that it is closed. TIOCEXCL
-        // would stay for as long as the master is open, and let nobody but root in.
-        drop(open_raw(slave, config.baud)?);
         Ok(Self::Pty {
-            master,
-            _link: Link::new(slave, &config.path)?,
+            open: Some(Pty::new(&config.path, config.baud)?),
+            path: config.path.clone(),
+            baud: config.baud,
         })
     }
 
@@ -69,8 +71,12 @@ impl Port {
                 }
                 Ok(open.as_ref().map(AsFd::as_fd))
             }
-            Self::Pty { master, .. } => {
-                let master = OwnedFd::as_fd(master);
+            Self::Pty { path, baud, open } => {
+                let pty = match open {
+                    Some(pty) => pty,
+                    None => open.insert(Pty::new(path, *baud)?),
+                };
+                let master = OwnedFd::as_fd(&pty.master);
                 let mut fds = [PollFd::from_borrowed_fd(master, PollFlags::empty())];
                 poll(&mut fds, Some(&Timespec::default()))?;
                 let is_closed = fds[0].revents().contains(PollFlags::HUP);
@@ -79,11 +85,38 @@ impl Port {
         }
     }
 
-    /// Lets go of a line that broke: a device that is plugged in again gets another name else.
+    /// Lets go of a line that broke: a device that is plugged in again gets another name else. A
+    /// pseudo-terminal that the host has left is kept; see [`unplug`](Self::unplug).
     pub(super) fn close(&mut self) {
         if let Self::Line { open, .. } = self {
             *open = None;
         }
+    }
+
+    /// Goes away, as a device that is unplugged; the host's end hangs up.
+    pub(super) fn unplug(&mut self) {
+        match self {
+            Self::Line { open, .. } => *open = None,
+            Self::Pty { open, .. } => *open = None,
+        }
+    }
+}
+
+impl Pty {
+    fn new(path: &Path, baud: u32) -> io::Result<Self> {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        fcntl_setfl(&master, OFlags::NONBLOCK)?;
+        let name = ptsname(&master, Vec::new())?;
+        let slave = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        // Until the host's end was open once, the master does not tell that it is closed. TIOCEXCL
+        // would stay for as long as the master is open, and let nobody but root in.
+        drop(open_raw(slave, baud)?);
+        Ok(Self {
+            master,
+            _link: Link::new(slave, path)?,
+        })
     }
 }
 

@@ -4,7 +4,8 @@ use std::{collections::BTreeSet, fmt, io, path::Path, str::FromStr};
 
 use qkd_keyfile::{Entropy, ModulePairId};
 use qkd_sim_device::{
-    FaultConfig, ModulePair, Pace, PairConfig, Role, Seed, SimConfig, TransportConfig,
+    EventConfig, FaultConfig, LinkConfig, ModulePair, Pace, PairConfig, Role, Seed, SimConfig,
+    TransportConfig,
 };
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -60,8 +61,15 @@ struct PairEntry {
     name: ModulePairId,
     /// Length of a block, in bits.
     block_bits: u32,
-    /// Blocks per second, or "max".
-    pace: Pace,
+    /// Time that a block is collected for, in seconds.
+    block_seconds: Option<f64>,
+    /// Blocks per second, "max" or "link"; if left out, the link's, where there is one.
+    pace: Option<Pace>,
+    /// Simulated seconds in a second.
+    time_scale: Option<f64>,
+    link: Option<LinkConfig>,
+    #[serde(default, rename = "event")]
+    events: Vec<EventConfig>,
     /// Error rate to report, in parts per million.
     #[serde(default)]
     qber_ppm: u32,
@@ -82,7 +90,7 @@ struct HalfEntry {
 }
 
 /// The seed of all module pairs of a file.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 #[serde(try_from = "String")]
 pub(super) struct MasterSeed(Zeroizing<String>);
 
@@ -103,7 +111,20 @@ impl TryFrom<String> for MasterSeed {
     }
 }
 
+impl FromStr for MasterSeed {
+    type Err = qkd_sim_device::SeedError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::try_from(text.to_owned())
+    }
+}
+
 impl MasterSeed {
+    /// Its 64 digits, to be shown to whoever wants the run again.
+    pub(super) fn text(&self) -> &str {
+        &self.0
+    }
+
     /// 256 bits of the operating system's.
     pub(super) fn fresh() -> Self {
         let mut bytes = Zeroizing::new([0; 32]);
@@ -175,14 +196,22 @@ pub(super) fn jobs(
         if !names.insert(name.clone()) {
             return Err(refuse(format!("module pair {name} is listed twice")));
         }
+        let pace = entry.pace.or(entry.link.as_ref().map(|_| Pace::Link));
+        let Some(pace) = pace else {
+            return Err(refuse(format!(
+                "module pair {name} has neither pace nor link"
+            )));
+        };
         let pair = PairConfig {
-            seed: seed.of_pair(&name),
-            block_bits: entry.block_bits,
-            pace: entry.pace,
+            block_seconds: entry.block_seconds,
+            time_scale: entry.time_scale.unwrap_or(1.0),
+            link: entry.link,
+            events: entry.events,
             qber_ppm: entry.qber_ppm,
             first_number: entry.first_number,
             blocks: entry.blocks,
             faults: entry.faults,
+            ..PairConfig::new(seed.of_pair(&name), entry.block_bits, pace)
         };
         ModulePair::new(&pair).map_err(|error| refuse(format!("module pair {name}: {error}")))?;
         for half in entry.halves {
@@ -242,15 +271,8 @@ mod tests {
     fn pairs_of_one_seed_share_no_bits() {
         let seed = MasterSeed::try_from("0aB1".repeat(16)).unwrap();
         let first_bits = |name: &str| {
-            let pair = PairConfig {
-                seed: seed.of_pair(&name.parse().unwrap()),
-                block_bits: 128,
-                pace: Pace::Max,
-                qber_ppm: 0,
-                first_number: 0,
-                blocks: None,
-                faults: FaultConfig::default(),
-            };
+            let seed = seed.of_pair(&name.parse().unwrap());
+            let pair = PairConfig::new(seed, 128, Pace::Max);
             let half = ModulePair::new(&pair).unwrap().half(Role::Receiver);
             half.block(0).unwrap().key().to_vec()
         };

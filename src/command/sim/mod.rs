@@ -2,19 +2,21 @@
 
 mod file;
 mod rate;
+mod view;
 
 use std::{
+    ffi::OsStr,
     io::{self, IsTerminal},
     path::{Path, PathBuf},
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use qkd_sim_device::{RunError, Snapshot, Stats};
 use tokio::sync::mpsc;
 
@@ -24,6 +26,8 @@ use crate::{
     process::{Process, end_with_stdin},
 };
 use file::{HalfName, Job, MasterSeed, SimFile};
+pub(super) use view::Style;
+use view::{Shown, View};
 
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -31,8 +35,20 @@ pub(super) struct SimArgs {
     #[command(subcommand)]
     command: Option<SimCommand>,
     /// The module pairs.
-    #[arg(long, value_name = "FILE", required = true)]
+    #[arg(long, value_name = "FILE", required_unless_present = "example")]
     config: Option<PathBuf>,
+    /// Print a file of module pairs with every setting explained.
+    #[arg(long)]
+    example: bool,
+    /// Draw everything from this seed, 64 hexadecimal digits, in place of the file's.
+    #[arg(long, value_name = "HEX")]
+    seed: Option<MasterSeed>,
+    /// Stop after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<u64>,
+    /// Print JSON documents, one a line: every fault and event, and every second how each half is.
+    #[arg(long)]
+    json: bool,
     /// Play this half only (`NAME:transmitter` or `NAME:receiver`); may be given several times.
     #[arg(long = "half", value_name = "NAME:ROLE")]
     halves: Vec<HalfName>,
@@ -64,6 +80,10 @@ impl SimArgs {
     pub(super) fn run(self, levels: Option<&str>) -> Result<(), Failure> {
         match (&self.command, &self.config) {
             (Some(SimCommand::Rate(args)), _) => args.run(),
+            _ if self.example => {
+                print!("{EXAMPLE}");
+                Ok(())
+            }
             (None, Some(config)) => self.play(config, levels),
             // The command line was not accepted without one of them.
             (None, None) => Ok(()),
@@ -73,10 +93,10 @@ impl SimArgs {
     fn play(&self, config: &Path, levels: Option<&str>) -> Result<(), Failure> {
         let (mut file, _) = read_toml::<SimFile>(config)?;
         let _levels = log::start(levels.or(Some("warn")), None)?;
-        let seed = match file.seed.take() {
+        let seed = match (self.seed.clone(), file.seed.take()) {
             _ if self.seed_from_stdin => MasterSeed::from_stdin()?,
-            Some(seed) => seed,
-            None => MasterSeed::fresh(),
+            (Some(seed), _) | (None, Some(seed)) => seed,
+            (None, None) => MasterSeed::fresh(),
         };
         let jobs = file::jobs(config, file, &seed, &self.halves)?;
         if self.exit_with_stdin {
@@ -85,24 +105,52 @@ impl SimArgs {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
+        // Whoever hands the seed over in secret does not want it told.
+        if !self.seed_from_stdin {
+            self.tell_seed(&seed);
+        }
+        let time = self.seconds.map_or(Duration::MAX, Duration::from_secs);
         if self.processes {
-            runtime.block_on(run_processes(config, &jobs, &seed))
+            runtime.block_on(run_processes(self, config, &jobs, &seed, time))
         } else {
             drop(seed);
-            let live = io::stdout().is_terminal() && !self.exit_with_stdin;
-            runtime.block_on(run_threads(jobs, live))
+            let style = match self.json {
+                true => Style::Json,
+                false if io::stdout().is_terminal() && !self.exit_with_stdin => Style::Live,
+                false => Style::Plain,
+            };
+            let tasks = jobs.into_iter().map(Task::from).collect();
+            runtime.block_on(run_threads(tasks, style, time))
+        }
+    }
+
+    fn tell_seed(&self, seed: &MasterSeed) {
+        let digits = seed.text();
+        if self.json {
+            println!("{}", serde_json::json!({"seed": digits}));
+        } else {
+            println!("seed {digits} (with --seed it makes the same blocks and faults again)");
         }
     }
 }
 
+/// A file of module pairs, explained.
+const EXAMPLE: &str = include_str!("example.toml");
+
 /// Every half in a process of its own; the seed goes to each over a pipe.
-async fn run_processes(config: &Path, jobs: &[Job], seed: &MasterSeed) -> Result<(), Failure> {
+async fn run_processes(
+    args: &SimArgs,
+    config: &Path,
+    jobs: &[Job],
+    seed: &MasterSeed,
+    time: Duration,
+) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
     let program = std::env::current_exe()?;
     let mut children = Vec::new();
     for job in jobs {
         let name = job.name.to_string();
-        let child_args = [
+        let mut child_args: Vec<&OsStr> = vec![
             "sim".as_ref(),
             "--config".as_ref(),
             config.as_os_str(),
@@ -111,16 +159,21 @@ async fn run_processes(config: &Path, jobs: &[Job], seed: &MasterSeed) -> Result
             "--seed-from-stdin".as_ref(),
             "--exit-with-stdin".as_ref(),
         ];
+        if args.json {
+            child_args.push("--json".as_ref());
+        }
         let mut child = Process::start(&name, &program, child_args, None)?;
         child.hand_over(seed.digits()).await?;
         child.hand_over(b"\n").await?;
         children.push(child);
     }
     let mut look = tokio::time::interval(Duration::from_millis(100));
+    let mut end = pin!(tokio::time::sleep(time));
     let mut result = Ok(());
     while !children.is_empty() && result.is_ok() {
         tokio::select! {
             _ = signals.next() => break,
+            () = &mut end => break,
             _ = look.tick() => {}
         }
         let mut running = Vec::new();
@@ -139,31 +192,66 @@ async fn run_processes(config: &Path, jobs: &[Job], seed: &MasterSeed) -> Result
     result
 }
 
-/// A half that plays in a thread.
+/// Something that plays until it is asked to stop.
+pub(super) struct Task {
+    name: String,
+    play: Box<Play>,
+}
+
+type Play = dyn FnOnce(&AtomicBool, &Stats) -> Result<(), RunError> + Send;
+
+impl Task {
+    pub(super) fn new(
+        name: impl Into<String>,
+        play: impl FnOnce(&AtomicBool, &Stats) -> Result<(), RunError> + Send + 'static,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            play: Box::new(play),
+        }
+    }
+}
+
+impl From<Job> for Task {
+    fn from(job: Job) -> Self {
+        let config = job.config;
+        Self::new(job.name.to_string(), move |stop, stats| {
+            qkd_sim_device::run(&config, stop, stats)
+        })
+    }
+}
+
+/// A task in its thread.
 struct Player {
     name: String,
     stats: Arc<Stats>,
-    thread: thread::JoinHandle<()>,
+    thread: Option<thread::JoinHandle<()>>,
     before: Snapshot,
 }
 
-/// Every half in a thread, until all are done or a signal comes.
-async fn run_threads(jobs: Vec<Job>, live: bool) -> Result<(), Failure> {
+/// Every task in a thread, until all are done or a signal comes.
+pub(super) async fn run_threads(
+    tasks: Vec<Task>,
+    style: Style,
+    time: Duration,
+) -> Result<(), Failure> {
     let mut signals = Signals::new()?;
     let stop = Arc::new(AtomicBool::new(false));
     let (ended, mut ends) = mpsc::unbounded_channel();
     let mut players = Vec::new();
-    for job in jobs {
-        players.push(Player::start(job, &stop, &ended)?);
+    for task in tasks {
+        players.push(Player::start(task, &stop, &ended)?);
     }
     drop(ended);
-    let mut view = View::new(&players, live);
+    let mut view = View::new(players.len(), style);
+    let mut end = pin!(tokio::time::sleep(time));
     let mut tick = tokio::time::interval(view.every());
     let mut result = Ok(());
     loop {
         tokio::select! {
             _ = signals.next() => break,
-            _ = tick.tick() => view.show(&mut players),
+            () = &mut end => break,
+            _ = tick.tick() => view.show(players.iter_mut().map(Player::shown)),
             end = ends.recv() => match end {
                 Some((_, Ok(()))) => {}
                 Some((half, Err(source))) => {
@@ -176,12 +264,12 @@ async fn run_threads(jobs: Vec<Job>, live: bool) -> Result<(), Failure> {
     }
     // ORDERING: Relaxed; the flag stands by itself.
     stop.store(true, Ordering::Relaxed);
-    view.show(&mut players);
-    for player in players {
-        if let Err(panic) = player.thread.join() {
+    for player in &mut players {
+        if let Some(Err(panic)) = player.thread.take().map(thread::JoinHandle::join) {
             std::panic::resume_unwind(panic);
         }
     }
+    view.show(players.iter_mut().map(Player::shown));
     result
 }
 
@@ -189,89 +277,31 @@ type End = (String, Result<(), RunError>);
 
 impl Player {
     fn start(
-        job: Job,
+        task: Task,
         stop: &Arc<AtomicBool>,
         ended: &mpsc::UnboundedSender<End>,
     ) -> io::Result<Self> {
-        let name = job.name.to_string();
+        let Task { name, play } = task;
         let stats = Arc::new(Stats::default());
         let (half, stop, ended) = (name.clone(), stop.clone(), ended.clone());
         let counters = stats.clone();
         let thread = thread::Builder::new().spawn(move || {
-            let result = qkd_sim_device::run(&job.config, &stop, &counters);
+            let result = play(&stop, &counters);
             let _ = ended.send((half, result));
         })?;
         Ok(Self {
             name,
             stats,
-            thread,
+            thread: Some(thread),
             before: Snapshot::default(),
         })
     }
-}
 
-/// One line per half: redrawn on a terminal, printed every few seconds elsewhere.
-struct View {
-    bars: Vec<ProgressBar>,
-    shown: Instant,
-}
-
-impl View {
-    fn new(players: &[Player], live: bool) -> Self {
-        let mut bars = Vec::new();
-        if live {
-            let all = MultiProgress::new();
-            let style = ProgressStyle::with_template("{spinner} {msg}");
-            let style = style.unwrap_or_else(|_| ProgressStyle::default_spinner());
-            for _ in players {
-                bars.push(all.add(ProgressBar::new_spinner().with_style(style.clone())));
-            }
-        }
-        Self {
-            bars,
-            shown: Instant::now(),
+    fn shown(&mut self) -> Shown<'_> {
+        Shown {
+            name: &self.name,
+            stats: &self.stats,
+            before: &mut self.before,
         }
     }
-
-    fn every(&self) -> Duration {
-        if self.bars.is_empty() {
-            Duration::from_secs(5)
-        } else {
-            Duration::from_millis(250)
-        }
-    }
-
-    fn show(&mut self, players: &mut [Player]) {
-        let seconds = self.shown.elapsed().as_secs_f64();
-        self.shown = Instant::now();
-        for (at, player) in players.iter_mut().enumerate() {
-            let now = player.stats.snapshot();
-            let line = line(&player.name, &player.before, &now, seconds);
-            player.before = now;
-            match self.bars.get(at) {
-                Some(bar) => {
-                    bar.set_message(line);
-                    bar.tick();
-                }
-                None => println!("{line}"),
-            }
-        }
-    }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "for the eye")]
-fn line(name: &str, before: &Snapshot, now: &Snapshot, seconds: f64) -> String {
-    let bits = (now.delivered_bits - before.delivered_bits) as f64;
-    let rate = if seconds > 0.01 { bits / seconds } else { 0.0 };
-    format!(
-        "{name:<40} {:<12} made {:>8}  delivered {:>8}  {:>9.1} kbit/s",
-        if now.connected {
-            "connected"
-        } else {
-            "waiting"
-        },
-        now.made,
-        now.delivered,
-        rate / 1e3,
-    )
 }

@@ -62,7 +62,7 @@ mod tests;
 
 pub use consumer::{Consumer, ProducerStatus, ReadError, Record, RingFault};
 pub use memory::MapError;
-pub use producer::{AttachError, Producer, WriteError};
+pub use producer::{AttachError, Harm, Producer, WriteError};
 
 use crate::block;
 

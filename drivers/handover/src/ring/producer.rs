@@ -2,9 +2,11 @@
 
 use std::os::fd::BorrowedFd;
 
+use zeroize::Zeroizing;
+
 use super::{
-    KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER, RECORD_HEADER_BYTES,
-    VERSION_WORD, at, checked_head,
+    KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER, RECORD_ALIGN_BYTES,
+    RECORD_HEADER_BYTES, VERSION_WORD, at, checked_head,
     greeting::Greeting,
     memory::{MapError, Memory},
     record_bytes,
@@ -73,6 +75,20 @@ pub enum WriteError {
         /// What this producer has written.
         write_pos: u64,
     },
+}
+
+/// What a broken producer does to a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Harm {
+    /// A bit of the key is changed after the check sequence was computed; counted around.
+    Flip {
+        /// The bit.
+        bit: usize,
+    },
+    /// Only the first [`RECORD_ALIGN_BYTES`] of it are published.
+    Short,
+    /// It is written and not published, as when the producer dies.
+    Unfinished,
 }
 
 impl Producer {
@@ -178,7 +194,33 @@ impl Producer {
         Ok(self.read_seen == self.write_pos)
     }
 
+    /// Writes a key block as a broken producer would, for tests and simulated devices; as
+    /// [`write_block`](Self::write_block).
+    ///
+    /// # Errors
+    ///
+    /// See [`WriteError`]; nothing was written.
+    pub fn write_block_with(
+        &mut self,
+        header: &BlockHeader,
+        key: &[u8],
+        harm: Harm,
+    ) -> Result<bool, WriteError> {
+        let head = header.encode(key)?;
+        self.write_with(KIND_KEY, &head, key, Some(harm))
+    }
+
     fn write(&mut self, kind: u32, head: &[u8], tail: &[u8]) -> Result<bool, WriteError> {
+        self.write_with(kind, head, tail, None)
+    }
+
+    fn write_with(
+        &mut self,
+        kind: u32,
+        head: &[u8],
+        tail: &[u8],
+        harm: Option<Harm>,
+    ) -> Result<bool, WriteError> {
         let payload_bytes = head.len() + tail.len();
         let need_bytes = record_bytes(payload_bytes);
         self.make_room(need_bytes)?;
@@ -195,16 +237,31 @@ impl Producer {
         let payload = start + RECORD_HEADER_BYTES as u64;
         let memory = &self.memory;
         memory.copy_in(capacity, payload, head);
-        memory.copy_in(capacity, payload + head.len() as u64, tail);
+        match harm {
+            Some(Harm::Flip { bit }) if !tail.is_empty() => {
+                let mut tail = Zeroizing::new(tail.to_vec());
+                let byte = bit / 8 % tail.len();
+                tail[byte] ^= 0x80 >> (bit % 8);
+                memory.copy_in(capacity, payload + head.len() as u64, &tail);
+            }
+            _ => memory.copy_in(capacity, payload + head.len() as u64, tail),
+        }
         memory.copy_in(capacity, start + 24, &u64::from(crc).to_le_bytes());
         memory.copy_in(capacity, start, &record);
 
+        if harm == Some(Harm::Unfinished) {
+            return Ok(false);
+        }
         self.seq += 1;
         self.write_pos += need_bytes as u64;
+        let published = match harm {
+            Some(Harm::Short) => start + RECORD_ALIGN_BYTES as u64,
+            _ => self.write_pos,
+        };
         // ORDERING: Release publishes the record; pairs with the Acquire load in `Consumer::read`.
         memory
             .word(at::WRITE_POS)
-            .store(self.write_pos, Ordering::Release);
+            .store(published, Ordering::Release);
         // ORDERING: pairs with the fence in `Consumer::prepare_wait`: either the load below sees
         // that it wants to sleep, or its look at the write position sees the record.
         fence(Ordering::SeqCst);
