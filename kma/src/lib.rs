@@ -19,6 +19,8 @@
 mod agent;
 mod confirm;
 mod digest;
+#[doc(hidden)]
+pub mod fail_point;
 mod hop;
 mod io;
 mod policy;

@@ -28,6 +28,7 @@ use qkd_keyfile::{
 use qkd_secmem::Pool;
 
 use crate::{
+    fail_point::fail_point,
     record::{DiscardReason, Record, RelayedWay, Stage, StoredSegment},
     state::State,
     stream::{Accounts, Segment, Stream},
@@ -194,6 +195,7 @@ impl Store {
         }
         self.stage(&ledger::encode(&record));
         self.state.apply(&record);
+        fail_point!(doing & record);
         for row in std::mem::take(&mut self.state.freed) {
             self.open_rows.close(row);
             self.vault.erase(row);

@@ -9,6 +9,7 @@ use super::kek::{KekKind, KekSource};
 use super::seal::{Context, NONCE_BYTES, TAG_BYTES, parts};
 use super::slots::{self, DataKey, Slots};
 use super::{GetError, HistoryLimit, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
+use crate::fail_point::fail_point;
 
 /// A database of sealed rows. It never sees a key.
 pub(super) trait Rows: Send {
@@ -125,6 +126,7 @@ impl SealedVault {
     /// Each step is skipped when a later call finds it done.
     fn commit_in_order(&mut self) -> Result<(), VaultError> {
         self.slots.commit()?;
+        fail_point!("slots");
         if !self.puts.is_empty() || self.leftovers.len() > MAX_LEFTOVERS {
             let puts = std::mem::take(&mut self.puts);
             if let Err(error) = self.apply(&puts) {
@@ -132,8 +134,11 @@ impl SealedVault {
                 return Err(error);
             }
         }
+        fail_point!("rows");
         self.journal.commit()?;
+        fail_point!("journal");
         self.slots.erase(&self.erasures)?;
+        fail_point!("erased");
         self.leftovers.append(&mut self.erasures);
         Ok(())
     }

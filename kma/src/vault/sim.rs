@@ -124,6 +124,12 @@ impl SimDisk {
         Some(state.inodes[*inode].seen.clone())
     }
 
+    /// Names of all files.
+    #[must_use]
+    pub fn names(&self) -> Vec<String> {
+        self.state().names.keys().cloned().collect()
+    }
+
     /// Changes a byte of a file, behind everyone's back and durably.
     ///
     /// # Panics

@@ -35,7 +35,7 @@ use sha2::{Digest, Sha256};
 
 pub use copyable::CopyableDisk;
 #[allow(unused_imports)]
-pub use scenes::{check_ledgers, feed, feed_chain, hop_on_the_wire, three, two};
+pub use scenes::{check_ledgers, check_records, feed, feed_chain, hop_on_the_wire, three, two};
 
 /// A small generator; equal seeds give equal runs.
 #[derive(Debug, Clone)]

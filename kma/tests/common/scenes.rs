@@ -56,6 +56,11 @@ pub fn hop_on_the_wire(net: &mut Network, from: &str, to: &str) -> Vec<u8> {
 /// Every span that the ledgers of both ends show, per stream: taken by the owner, each byte once;
 /// followed by the other end, each byte once; pad and keys only where the owner took them.
 pub fn check_ledgers(net: &Network, names: &[&str]) {
+    check_records(names.iter().flat_map(|name| net.ledger(name)));
+}
+
+/// The same, of the ledgers of all ends, one after the other.
+pub fn check_records(records: impl Iterator<Item = Record>) {
     type Bytes = BTreeMap<(StreamId, SegmentNumber), BTreeMap<u32, Purpose>>;
     let spread = |into: &mut Bytes, stream: &StreamId, span: KeySpan, purpose: Purpose| {
         let bytes = into.entry((stream.clone(), span.segment)).or_default();
@@ -65,33 +70,31 @@ pub fn check_ledgers(net: &Network, names: &[&str]) {
         }
     };
     let (mut taken, mut followed) = (Bytes::new(), Bytes::new());
-    for name in names {
-        for record in net.ledger(name) {
-            match record {
-                Record::Taken {
-                    stream,
-                    span,
-                    purpose,
-                } => {
-                    spread(&mut taken, &stream, span, purpose);
-                }
-                Record::Followed {
-                    stream,
-                    span,
-                    purpose,
-                } => {
-                    spread(&mut followed, &stream, span, purpose);
-                }
-                Record::BindingReceived { binding, .. } => {
-                    spread(
-                        &mut followed,
-                        &binding.stream,
-                        binding.span,
-                        Purpose::Supply,
-                    );
-                }
-                _ => {}
+    for record in records {
+        match record {
+            Record::Taken {
+                stream,
+                span,
+                purpose,
+            } => {
+                spread(&mut taken, &stream, span, purpose);
             }
+            Record::Followed {
+                stream,
+                span,
+                purpose,
+            } => {
+                spread(&mut followed, &stream, span, purpose);
+            }
+            Record::BindingReceived { binding, .. } => {
+                spread(
+                    &mut followed,
+                    &binding.stream,
+                    binding.span,
+                    Purpose::Supply,
+                );
+            }
+            _ => {}
         }
     }
     for (at, bytes) in &followed {
