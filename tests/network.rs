@@ -147,6 +147,24 @@ fn two_nodes() -> Plan {
     }
 }
 
+/// Bits of the key files that are the same at both ends, without the one that is taken away.
+fn equal_bits(data: &Path) -> u64 {
+    let mut bits = 0;
+    for file in SETS
+        .iter()
+        .flat_map(|set| fs::read_dir(data.join(set).join("alice")).unwrap())
+        .map(|entry| entry.unwrap().path())
+    {
+        let peer = file.parent().unwrap().with_file_name("bob");
+        let bytes = fs::read(&file).unwrap();
+        let same = fs::read(peer.join(file.file_name().unwrap())).unwrap() == bytes;
+        if same && !file.ends_with("s4_1/alice/0000cb00") {
+            bits += u64::from(u32::from_le_bytes(bytes[12..16].try_into().unwrap()));
+        }
+    }
+    bits
+}
+
 fn copy_files(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -174,10 +192,15 @@ async fn real_key_files_are_confirmed_where_equal_and_discarded_where_they_diffe
     });
 
     // 26 pairs in every set: one of q4_1epoch differs, one of s4_1 is one-sided now, q12 has no key.
+    // Every bit of the others is agreed, but for the masks of the comparisons that failed on the way
+    // to the one that differs, and fewer than 8 bits of each set, which wait for more.
+    let bits = equal_bits(&data);
+    let agreed = bits - 6 * 256 - 3 * 8..=bits;
     let all_done = |statuses: &[(String, Value)]| {
         statuses.len() == 2
             && statuses.iter().all(|(_, status)| {
-                status["streams"]["alice--bob"]["confirmed_segments"] == 26 + 25 + 25
+                let received = &status["streams"]["alice--bob"]["received_bits"];
+                agreed.contains(&received.as_u64().unwrap_or(0))
                     && status["modules"]["q12"]["empty_blocks"] == 26
             })
     };

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use qkd_kernels::Backend;
-use qkd_keyfile::{AppId, Entropy, LinkId, Mono, NodeId, Now, StreamId};
+use qkd_keyfile::{AppId, Entropy, LinkId, ModulePairId, Mono, NodeId, Now, StreamId};
 
 use crate::{
     RESEND_AFTER, TICK, confirm,
@@ -13,7 +13,7 @@ use crate::{
     stock::StockStatus,
     store::{JOURNAL_LIMIT_BYTES, Store, StreamAccounts},
     supply::Supply,
-    sync::{Announcement, LinkSync},
+    sync::{Announcement, LinkSync, ModulePairStatus},
     vault::VaultError,
     wire::Message,
 };
@@ -32,6 +32,8 @@ pub struct Kma {
     relay: Relay,
     supply: Supply,
     ticked: Option<Mono>,
+    /// The time of the last input.
+    last: Now,
     said_pending: Mono,
     journal_limit_bytes: u64,
     epoch_period: Option<Duration>,
@@ -78,6 +80,8 @@ pub struct Status {
     pub inconsistencies: u64,
     /// End-to-end stock with every node for which some is kept.
     pub stocks: Vec<StockStatus>,
+    /// The module pairs that feed the links.
+    pub module_pairs: BTreeMap<ModulePairId, ModulePairStatus>,
 }
 
 impl Kma {
@@ -89,7 +93,8 @@ impl Kma {
         let incarnation = store.incarnation();
         let links = config.neighbours.iter().filter_map(|(peer, link)| {
             let id = LinkId::between(me, peer)?;
-            let sync = LinkSync::new(me, peer, id, link.clone(), config.digest_unit_bytes);
+            let unit_bytes = config.digest_unit_bytes;
+            let sync = LinkSync::new(me, peer, id, link.clone(), unit_bytes, &store);
             Some((peer.clone(), sync))
         });
         Self {
@@ -105,6 +110,7 @@ impl Kma {
                 failed: None,
             },
             ticked: None,
+            last: Now::default(),
             said_pending: Mono::default(),
             journal_limit_bytes: JOURNAL_LIMIT_BYTES,
             epoch_period: None,
@@ -116,6 +122,7 @@ impl Kma {
     /// Takes one input. `entropy` serves key IDs and, for relayed units, key bits.
     pub fn handle(&mut self, now: Now, entropy: &mut dyn Entropy, input: Input) {
         self.core.store.set_time(now);
+        self.last = now;
         let mut cx = self.core.cx(now, &self.config.node);
         match input {
             Input::PeerUp(peer) => {
@@ -138,7 +145,7 @@ impl Kma {
             },
             Input::ModulePair { peer, module_pair } => {
                 if let Some(link) = self.links.get_mut(&peer) {
-                    link.add_pair(module_pair);
+                    link.add_pair(&mut cx, module_pair);
                 }
             }
             Input::Held {
@@ -151,10 +158,7 @@ impl Kma {
                 }
                 let mut links = self.links.values_mut();
                 match links.find(|link| link.knows_pair(&name.module_pair)) {
-                    Some(link) => {
-                        link.held(&mut cx, name, key_bits);
-                        link.poll(&mut cx);
-                    }
+                    Some(link) => link.held(&mut cx, name, key_bits),
                     None => cx.settle(name, crate::io::Settlement::Dropped),
                 }
             }
@@ -165,7 +169,22 @@ impl Kma {
             }
             Input::Formatted { ticket, segment } => {
                 if let Some(link) = self.links.get_mut(&ticket.peer) {
-                    link.formatted(&mut cx, ticket.segment, segment);
+                    link.formatted(&mut cx, &ticket, segment);
+                }
+            }
+            Input::Quarantined { name, reason } => {
+                let mut links = self.links.values_mut();
+                match links.find(|link| link.knows_pair(&name.module_pair)) {
+                    Some(link) => link.quarantined(&mut cx, name, reason),
+                    None => cx.settle(name, crate::io::Settlement::Dropped),
+                }
+            }
+            Input::Session {
+                module_pair,
+                session,
+            } => {
+                for link in self.links.values_mut() {
+                    link.session(&mut cx, &module_pair, session);
                 }
             }
             Input::Supply(order) => {
@@ -199,6 +218,11 @@ impl Kma {
     /// The store failed. Nothing of this batch may leave the node; end the process, whose successor
     /// goes on from the last batch that was durable.
     pub fn commit(&mut self) -> Result<Vec<Output>, VaultError> {
+        // QKD-keys that came in together are announced together.
+        let mut cx = self.core.cx(self.last, &self.config.node);
+        for link in self.links.values_mut().filter(|link| link.has_news) {
+            link.poll(&mut cx);
+        }
         if let Some(error) = self.core.failed.take() {
             return Err(error);
         }
@@ -272,6 +296,11 @@ impl Kma {
             forgotten_bindings: state.forgotten_bindings,
             inconsistencies: state.inconsistencies,
             stocks: self.relay.stocks(&self.core.store, &self.config.node),
+            module_pairs: self
+                .links
+                .values()
+                .flat_map(|link| link.status(&self.core.store))
+                .collect(),
         }
     }
 
@@ -346,7 +375,10 @@ impl Kma {
                 session.hop_taken(id, sequence);
                 self.relay.hop_taken(cx, &self.config, &mut self.sessions);
             }
-            Message::Announce { .. } | Message::Propose(_) | Message::Answer { .. } => {
+            Message::Announce { .. }
+            | Message::Renumbered { .. }
+            | Message::Propose(_)
+            | Message::Answer { .. } => {
                 let trusted = !session.is_quarantined();
                 if let Some(link) = self.links.get_mut(peer).filter(|_| trusted) {
                     synchronise(cx, link, message);
@@ -420,7 +452,7 @@ impl Kma {
             if greeting == Greeting::Replaced {
                 link.peer_replaced(&mut cx);
             }
-            link.connected();
+            link.connected(&cx);
             link.poll(&mut cx);
         }
         if greeting == Greeting::Replaced {
@@ -436,25 +468,35 @@ fn synchronise(cx: &mut Cx<'_>, link: &mut LinkSync, message: Message) {
         Message::Announce {
             module_pair,
             generation,
+            anew,
             held,
             dropped,
             complete,
-        } if generation == qkd_keyfile::Generation::default() => {
+            stopped,
+        } => {
             let announcement = Announcement {
+                generation,
+                anew,
                 held,
-                dropped: &dropped,
+                dropped,
                 complete,
+                stopped,
             };
             link.announced(cx, &module_pair, announcement);
             link.poll(cx);
         }
+        Message::Renumbered {
+            module_pair,
+            generation,
+        } => link.renumbered_there(cx, &module_pair, generation),
         Message::Propose(propose) => link.proposed(cx, propose),
         Message::Answer {
             segment,
             verdict,
             tag,
+            missing,
         } => {
-            link.answered(cx, segment, verdict, &tag);
+            link.answered(cx, segment, verdict, &tag, &missing);
             link.poll(cx);
         }
         _ => {}

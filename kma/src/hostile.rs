@@ -499,6 +499,7 @@ fn acknowledgements_of_what_was_never_said_change_nothing() {
                     segment,
                     verdict,
                     tag: [0; 16],
+                    missing: vec!["0".parse().unwrap()],
                 },
             );
         }

@@ -1,14 +1,15 @@
 //! What goes into the KMA and what comes out of it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use qkd_kernels::Backend;
 use qkd_keyfile::{
-    AppId, Composition, KeyBits, KsaKeyId, ModulePairId, NodeId, Now, QkdKeyId, QkdKeyName,
-    SegmentNumber, StreamId,
+    AppId, Composition, Generation, KeyBits, KsaKeyId, ModulePairId, NodeId, Now, QkdKeyId,
+    QkdKeyName, SegmentNumber, StreamId,
     metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_secmem::KeyBuf;
+use serde::{Deserialize, Serialize};
 
 use crate::{policy::RelayPolicies, store::Store, vault::VaultError, wire::Message};
 
@@ -36,6 +37,15 @@ pub struct LinkConfig {
     pub floor_bytes: u64,
     /// Most bytes in stock; a full store takes no new segment.
     pub capacity_bytes: u64,
+    /// QKD-keys are gathered until a segment has this many bytes, 64 KiB by default; a longer QKD-key
+    /// makes a longer one. The proposer's value counts.
+    pub segment_bytes: u32,
+    /// How long they are gathered before a shorter segment is made; ten times as long while there is
+    /// less than 1 KiB. The proposer's value counts.
+    pub gather: Duration,
+    /// A module pair is stopped when so many of its QKD-keys have differed; 64 that agree make up
+    /// for one. 0: never.
+    pub mismatch_limit: u32,
 }
 
 /// End-to-end stock with a KMA, for applications here that ask for keys shared with applications
@@ -104,6 +114,22 @@ pub enum Input {
     },
     /// The pipeline lost a QKD-key that it held.
     Lost(QkdKeyName),
+    /// The pipeline refused a QKD-key: it must not be used at either end.
+    Quarantined {
+        /// Its name.
+        name: QkdKeyName,
+        /// Why.
+        reason: QuarantineReason,
+    },
+    /// A module tells its session: another one than before means that it numbers its QKD-keys anew.
+    /// Answered by [`Output::Numbering`] with the same session, once both ends have agreed on it; no
+    /// QKD-key of the session may come in before.
+    Session {
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// The session.
+        session: u64,
+    },
     /// The pipeline has carried out [`Output::Format`].
     Formatted {
         /// The order's ticket.
@@ -151,6 +177,16 @@ pub enum Output {
         /// Length of a unit.
         unit_bytes: u32,
     },
+    /// QKD-keys that are read from now on are of this generation. Those of an earlier one that still
+    /// come in are dropped.
+    Numbering {
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// The generation.
+        generation: Generation,
+        /// The session that it holds for, if the module told one.
+        session: Option<u64>,
+    },
     /// A QKD-key is settled: the pipeline forgets it, and its driver is told.
     Settle {
         /// The QKD-key.
@@ -187,6 +223,9 @@ pub struct FormatTicket {
     pub peer: NodeId,
     /// The segment's number.
     pub segment: SegmentNumber,
+    /// Counts the orders of this process: a segment number may be given out again by a peer whose
+    /// store was replaced.
+    pub order: u64,
 }
 
 /// A segment that the pipeline made.
@@ -205,6 +244,17 @@ pub enum Settlement {
     Stored,
     /// It is gone at both ends.
     Dropped,
+    /// It is gone at both ends, and should be kept aside at its origin where that is possible.
+    Quarantined,
+}
+
+/// Why a QKD-key must not be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum QuarantineReason {
+    /// It failed a health test.
+    Unhealthy,
+    /// Its bits came before, under another name.
+    Repeated,
 }
 
 /// An application's request for keys.
@@ -297,6 +347,29 @@ pub enum Alarm {
         /// The QKD-keys.
         qkd_keys: Vec<QkdKeyId>,
     },
+    /// Too many QKD-keys of a module pair differed: it is stopped, here or at the other end, until
+    /// both nodes are started anew.
+    ModulePairStopped {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// Whether the other end stopped it.
+        at_peer: bool,
+    },
+    /// A QKD-key must not be used, and is quarantined at both ends.
+    Quarantined {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// The QKD-key.
+        qkd_key: QkdKeyId,
+        /// Why.
+        reason: QuarantineReason,
+        /// Whether the other end found it.
+        at_peer: bool,
+    },
     /// A relayed unit was not the same at both ends.
     UnitMismatch {
         /// The stream.
@@ -363,6 +436,7 @@ impl Cx<'_> {
     }
 
     pub(crate) fn settle(&mut self, name: QkdKeyName, outcome: Settlement) {
+        self.store.forget_received(&name);
         self.out.push(Output::Settle { name, outcome });
     }
 }

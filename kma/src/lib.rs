@@ -53,8 +53,8 @@ use std::time::Duration;
 pub use agent::{Kma, Status};
 pub use digest::MASK_BITS;
 pub use io::{
-    Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, RemoteConfig,
-    Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
+    Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, QuarantineReason,
+    RemoteConfig, Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
 pub use policy::{HOPS_MAX, RandomSource, RelayPolicies, RelayPolicy, RelayScheme};
 pub use record::{
@@ -64,6 +64,7 @@ pub use record::{
 pub use stock::StockStatus;
 pub use stream::Accounts;
 pub use supply::KEYS_MAX;
+pub use sync::ModulePairStatus;
 
 /// What was not answered is said again after this time.
 pub(crate) const RESEND_AFTER: Duration = Duration::from_millis(500);

@@ -36,6 +36,31 @@ impl RangeSet {
         self.0.splice(from..to, [merged]);
     }
 
+    /// Takes `start..end` out, whatever of it is there.
+    pub(crate) fn remove(&mut self, start: u64, end: u64) {
+        if start >= end {
+            return;
+        }
+        let from = self.0.partition_point(|&(_, e)| e <= start);
+        let to = from + self.0[from..].partition_point(|&(s, _)| s < end);
+        let left = self.0[from..to].first().map(|&(s, _)| (s, start));
+        let right = self.0[from..to].last().map(|&(_, e)| (end, e));
+        let kept: Vec<_> = left
+            .into_iter()
+            .chain(right)
+            .filter(|&(s, e)| s < e)
+            .collect();
+        self.0.splice(from..to, kept);
+    }
+
+    /// Closes the lowest gaps until there are at most `ranges_max` ranges.
+    pub(crate) fn close_gaps(&mut self, ranges_max: usize) {
+        while self.0.len() > ranges_max.max(1) {
+            let (start, _) = self.0.remove(0);
+            self.0[0].0 = start;
+        }
+    }
+
     /// Whether `at` is in the set; the greatest number of all never is.
     pub(crate) fn contains(&self, at: u64) -> bool {
         self.overlap(at, at.saturating_add(1)) == 1
@@ -109,20 +134,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn behaves_like_a_set_of_numbers(ops in prop::collection::vec((0_u64..60, 0_u64..12, any::<bool>()), 0..40)) {
+        fn behaves_like_a_set_of_numbers(ops in prop::collection::vec((0_u64..60, 0_u64..12, 0_u8..4), 0..40)) {
             let mut ours = RangeSet::default();
             let mut model = BTreeSet::new();
-            for (start, len, only_new) in ops {
+            for (start, len, kind) in ops {
                 let range = start..start + len;
                 let overlap = range.clone().filter(|n| model.contains(n)).count() as u64;
                 prop_assert_eq!(ours.overlap(range.start, range.end), overlap);
-                if only_new {
+                if kind == 0 {
+                    ours.remove(range.start, range.end);
+                    model.retain(|n| !range.contains(n));
+                } else if kind == 1 {
                     prop_assert_eq!(ours.insert_new(range.start, range.end), overlap == 0);
                     if overlap != 0 { continue; }
                 } else {
                     ours.insert(range.start, range.end);
                 }
-                model.extend(range);
+                if kind != 0 {
+                    model.extend(range);
+                }
                 prop_assert_eq!(ours.len(), model.len() as u64);
                 prop_assert_eq!(ours.end(), model.last().map_or(0, |n| n + 1));
                 let missing: Vec<u64> = ours.missing(0, 80).into_iter().flat_map(|(s, e)| s..e).collect();

@@ -245,6 +245,22 @@ pub enum Record {
         /// The record.
         record: Box<Self>,
     },
+
+    // Key synchronisation.
+    /// A module pair's QKD-keys have this generation from now on; those of an earlier one never come
+    /// in any more.
+    Numbering {
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// The generation.
+        generation: Generation,
+        /// The last generation in which the module pair began to number anew: IDs used before it
+        /// may come in.
+        anew: Generation,
+        /// What this end's module says of itself, if it tells: another one means that it numbers
+        /// anew.
+        session: Option<u64>,
+    },
 }
 
 /// A row of sealed bytes that are no key.
@@ -374,6 +390,10 @@ pub enum BurnReason {
 pub enum DiscardReason {
     /// The two ends hold different bits.
     Mismatch,
+    /// The two ends hold different bits; its parts are compared one by one.
+    Divided,
+    /// The module pair numbers anew, or was stopped.
+    Renumbered,
     /// The matching KMA lacks a QKD-key of it.
     Missing,
     /// The process that proposed it ended before it was confirmed.

@@ -27,7 +27,7 @@ pub(crate) struct State {
     /// Bindings received and not yet done with. By the node that made them too: no node can get in
     /// the way of another's key IDs.
     pub(crate) received: BTreeMap<(NodeId, KsaKeyId), ReceivedBinding>,
-    pub(crate) used: BTreeMap<(ModulePairId, Generation), UsedIds>,
+    pub(crate) numberings: BTreeMap<ModulePairId, Numbering>,
     /// How units came that wait here for their release.
     pub(crate) ways: BTreeMap<StreamId, BTreeMap<SegmentNumber, RelayedWay>>,
     /// The next row that was never used.
@@ -59,6 +59,18 @@ pub(crate) struct PreservedRow {
     pub(crate) seal: SealTag,
     pub(crate) len_bytes: u32,
     pub(crate) closed_at_seconds: u64,
+}
+
+/// The life of a module pair's numbering.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Numbering {
+    pub(crate) generation: Generation,
+    /// The last generation that began with a numbering of its own.
+    pub(crate) anew: Generation,
+    /// What this end's module says of itself.
+    pub(crate) session: Option<u64>,
+    /// IDs that came in, in this generation.
+    pub(crate) used: UsedIds,
 }
 
 /// What is known about another KMA.
@@ -144,10 +156,30 @@ impl State {
                 generation,
                 ids,
             } => {
-                let used = self.used.entry((module_pair.clone(), *generation));
-                let used = used.or_default();
-                ids.iter().for_each(|id| used.insert(id));
+                let numbering = self.numbering_mut(module_pair);
+                if numbering.generation == *generation {
+                    ids.iter().for_each(|id| numbering.used.insert(id));
+                }
                 Some(())
+            }
+            Record::Numbering {
+                module_pair,
+                generation,
+                anew,
+                session,
+            } => {
+                let numbering = self.numbering_mut(module_pair);
+                if *generation > numbering.generation {
+                    if *anew > numbering.generation {
+                        numbering.used = UsedIds::default();
+                    } else {
+                        numbering.used.go_on();
+                    }
+                }
+                let fits = *generation >= numbering.generation;
+                (numbering.generation, numbering.anew) = (*generation, *anew);
+                numbering.session = *session;
+                fits.then_some(())
             }
             Record::Proposed {
                 stream, segment, ..
@@ -222,6 +254,15 @@ impl State {
             self.streams.insert(id.clone(), Stream::default());
         }
         self.streams.get_mut(id).expect("was just inserted")
+    }
+
+    fn numbering_mut(&mut self, module_pair: &ModulePairId) -> &mut Numbering {
+        if !self.numberings.contains_key(module_pair) {
+            let fresh = Numbering::default();
+            self.numberings.insert(module_pair.clone(), fresh);
+        }
+        let numbering = self.numberings.get_mut(module_pair);
+        numbering.expect("was just inserted")
     }
 
     pub(crate) fn segment(&self, stream: &StreamId, number: SegmentNumber) -> Option<&Segment> {

@@ -14,7 +14,10 @@ use qkd_keyfile::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::record::{Binding, RelayedWay};
+use crate::{
+    io::QuarantineReason,
+    record::{Binding, RelayedWay},
+};
 
 /// Version of the messages.
 pub(crate) const VERSION: u16 = 3;
@@ -52,19 +55,25 @@ pub(crate) enum Message {
     Announce {
         module_pair: ModulePairId,
         generation: Generation,
+        /// The last generation in which the module pair began to number anew.
+        anew: Generation,
         held: Vec<(QkdKeyId, u32)>,
-        dropped: Vec<QkdKeyId>,
+        dropped: Vec<(QkdKeyId, DropReason)>,
         /// The sender has announced all that it holds, on this connection.
         complete: bool,
+        /// The sender takes no more QKD-keys of the module pair.
+        stopped: bool,
     },
     /// The proposer's half of the comparison.
     Propose(Propose),
     /// The answerer's half; `tag` is zero unless the verdict is [`Verdict::Match`] or
-    /// [`Verdict::Differ`].
+    /// [`Verdict::Differ`]. `missing` are the QKD-keys of [`Verdict::Missing`]; where it names none,
+    /// all of them are.
     Answer {
         segment: SegmentNumber,
         verdict: Verdict,
         tag: [u8; 16],
+        missing: Vec<QkdKeyId>,
     },
 
     // Two-phase confirmation, for segments of links and for end-to-end units.
@@ -136,6 +145,13 @@ pub(crate) enum Message {
     Xor(XorPart),
     /// The XOR came, or is of no use any more.
     XorTaken { relay: KmaKeyId, place: u8 },
+
+    // Key synchronisation, again.
+    /// The answerer's module numbers anew: the proposer is to raise this generation.
+    Renumbered {
+        module_pair: ModulePairId,
+        generation: Generation,
+    },
 }
 
 /// A part of what the owner of bits tells when a link session begins.
@@ -190,6 +206,17 @@ pub(crate) struct SealedHop {
     pub(crate) tag: [u8; 16],
 }
 
+/// Why a QKD-key is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DropReason {
+    /// It is settled, or was given up.
+    Gone,
+    /// The two ends hold different bits, or bits that could not be compared.
+    Differs,
+    /// The sender's pipeline refused it.
+    Quarantined(QuarantineReason),
+}
+
 /// What a comparison found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Verdict {
@@ -197,7 +224,7 @@ pub(crate) enum Verdict {
     Match,
     /// Other bits; both ends discard.
     Differ,
-    /// The answerer does not hold a QKD-key of it, or not as long.
+    /// The answerer does not hold some bits of it. The proposal's mask bits are burned.
     Missing,
     /// The answerer's store takes no more for now.
     Full,
@@ -307,6 +334,7 @@ impl Message {
         let longest = match self {
             Self::Marks(marks) => marks.marks.len(),
             Self::Announce { held, dropped, .. } => held.len().max(dropped.len()),
+            Self::Answer { missing, .. } => missing.len(),
             Self::Propose(propose) => propose.composition.pieces.len(),
             Self::Pending { segments, .. }
             | Self::Spent { segments, .. }
@@ -326,7 +354,7 @@ impl Message {
             Self::Hello { .. }
             | Self::MarksTaken { .. }
             | Self::RolledBack { .. }
-            | Self::Answer { .. }
+            | Self::Renumbered { .. }
             | Self::Commit { .. }
             | Self::Void { .. }
             | Self::Relay(_)

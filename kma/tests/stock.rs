@@ -71,6 +71,9 @@ fn fork() -> Vec<KmaConfig> {
         module_pairs: vec![pair_name(a, b).parse().unwrap()],
         floor_bytes: 64,
         capacity_bytes: 1 << 20,
+        segment_bytes: 1,
+        gather: std::time::Duration::ZERO,
+        mismatch_limit: 8,
     };
     let mut configs: Vec<KmaConfig> = ends
         .iter()

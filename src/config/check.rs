@@ -16,6 +16,9 @@ const KEY_MEMORY_MIB: RangeInclusive<usize> = 4..=1 << 20;
 /// Key data of a relayed unit, in bytes: with its metadata it fits a block of key memory.
 const UNIT_BYTES: RangeInclusive<u32> = 64..=128 << 10;
 
+/// Length of a segment, in KiB: it fits a block of key memory.
+const SEGMENT_KIB: RangeInclusive<u32> = 1..=256;
+
 /// Longest silence of a peer, in milliseconds: not so short that a busy machine looks dead.
 const DEAD_AFTER_MS: RangeInclusive<u64> = 200..=600_000;
 
@@ -100,6 +103,11 @@ fn links(config: &Config, peers: &Peers<'_>) -> Result<(), Wrong> {
         let peer = link.peer.get_ref();
         if !links.insert(peer) {
             refuse(&link.peer, format!("link to {peer} is listed twice"))?;
+        }
+        let kib = *link.segment_kib.get_ref();
+        if !SEGMENT_KIB.contains(&kib) {
+            let what = format!("segment_kib = {kib} is not within {}", text(&SEGMENT_KIB));
+            refuse(&link.segment_kib, what)?;
         }
         for pair in &link.module_pairs {
             let name = pair.name.get_ref();

@@ -127,6 +127,17 @@ pub struct LinkEntry {
     /// Most bytes in stock; a full store takes no new segment.
     #[serde(default = "default_capacity_bytes")]
     pub capacity_bytes: u64,
+    /// QKD-keys are gathered until a segment has this many KiB; a longer one makes a longer segment.
+    #[serde(default = "default_segment_kib")]
+    pub segment_kib: Spanned<u32>,
+    /// How long they are gathered before a shorter segment is made, in milliseconds; ten times as
+    /// long while there is less than 1 KiB.
+    #[serde(default = "default_gather_ms")]
+    pub gather_ms: u64,
+    /// A module pair is stopped when so many of its QKD-keys have differed; 64 that agree make up
+    /// for one. 0: never.
+    #[serde(default = "default_mismatch_limit")]
+    pub mismatch_limit: u32,
     /// The module pairs that feed the link.
     #[serde(default, rename = "module_pair")]
     pub module_pairs: Vec<ModulePairEntry>,
@@ -208,6 +219,18 @@ fn default_min_kib() -> u64 {
 
 fn default_max_kib() -> Spanned<u64> {
     Spanned::new(0..0, 16 << 10)
+}
+
+fn default_segment_kib() -> Spanned<u32> {
+    Spanned::new(0..0, 64)
+}
+
+fn default_gather_ms() -> u64 {
+    1000
+}
+
+fn default_mismatch_limit() -> u32 {
+    8
 }
 
 fn default_unit_bytes() -> u32 {

@@ -11,14 +11,17 @@ use std::{
 
 use qkd_keyfile::{Clock, ModulePairId, NodeId, QkdKeyName};
 use qkd_kma::{
-    Alarm, FormatTicket, FormattedSegment, Input, Kma, MASK_BITS, Output, Settlement, Status,
-    SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder, vault::VaultError,
+    Alarm, FormatTicket, FormattedSegment, Input, Kma, MASK_BITS, Output, QuarantineReason,
+    Settlement, Status, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder, vault::VaultError,
 };
 use qkd_net::{LinkEvent, LinksHandle};
-use qkd_pipeline::{Command, CommandRefused, FormatOrder, StageEvent, StageHandle};
+use qkd_pipeline::{
+    Command, CommandRefused, FormatError, FormatOrder, RefuseReason, StageEvent, StageHandle,
+};
 use qkd_secmem::KeyBuf;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::naming::Named;
 use crate::env::{SystemClock, SystemEntropy};
 
 /// Inputs handled before a commit, at most.
@@ -27,8 +30,14 @@ const BATCH_MAX: usize = 512;
 /// Requests that wait for the agent, at most; more are held back where they come from.
 const REQUESTS_MAX: usize = 1024;
 
-/// To a driver's task: what became of its QKD-keys.
-pub(crate) type Settled = mpsc::UnboundedSender<(QkdKeyName, Settlement)>;
+/// The task that reads a module.
+#[derive(Debug)]
+pub(crate) struct ModuleTask {
+    /// What became of its QKD-keys.
+    pub(crate) settle: mpsc::UnboundedSender<(QkdKeyName, Settlement)>,
+    /// What those that it reads now are called.
+    pub(crate) named: watch::Sender<Option<Named>>,
+}
 
 type Supplied = Result<Vec<SuppliedKey>, SupplyError>;
 
@@ -43,12 +52,17 @@ pub(crate) enum Request {
     AddModule {
         peer: NodeId,
         module_pair: ModulePairId,
-        settle: Settled,
+        task: ModuleTask,
     },
     /// A module delivers no more. What it has delivered is agreed all the same.
     RemoveModule(ModulePairId),
     /// How things are.
     Status(oneshot::Sender<Box<Status>>),
+    /// A module tells its session.
+    Session {
+        module_pair: ModulePairId,
+        session: u64,
+    },
     /// The controller's answer.
     Route {
         destination: NodeId,
@@ -63,7 +77,7 @@ pub(crate) struct Surroundings {
     pub(crate) links: LinksHandle,
     pub(crate) stage: StageHandle,
     /// To the drivers' tasks, by module pair.
-    pub(crate) settle: BTreeMap<ModulePairId, Settled>,
+    pub(crate) modules: BTreeMap<ModulePairId, ModuleTask>,
     /// To the drivers' tasks, by matching KMA: whether the link's store is full.
     pub(crate) full: Vec<(NodeId, watch::Sender<bool>)>,
     /// To the controller's task.
@@ -94,10 +108,12 @@ pub(crate) struct Agent {
     around: Surroundings,
     /// The connection over which a peer is talked to.
     connections: HashMap<NodeId, u64>,
-    tickets: HashMap<u64, FormatTicket>,
+    tickets: HashMap<u64, (FormatTicket, FormatOrder)>,
     next_ticket: u64,
     /// Orders that the stage had no room for.
     orders: VecDeque<Command>,
+    /// Orders for which there was no key memory, to be given again when time has passed.
+    later: Vec<Command>,
     replies: HashMap<u64, oneshot::Sender<Supplied>>,
     next_order: u64,
     /// QKD-keys dropped because too many waited.
@@ -106,6 +122,12 @@ pub(crate) struct Agent {
 
 impl Agent {
     pub(crate) fn new(kma: Kma, around: Surroundings) -> Self {
+        for (module_pair, task) in &around.modules {
+            task.named.send_replace(Some(Named {
+                generation: kma.store().generation(module_pair),
+                session: None,
+            }));
+        }
         Self {
             kma,
             around,
@@ -113,6 +135,7 @@ impl Agent {
             tickets: HashMap::new(),
             next_ticket: 0,
             orders: VecDeque::new(),
+            later: Vec::new(),
             replies: HashMap::new(),
             next_order: 0,
             dropped: 0,
@@ -141,7 +164,10 @@ impl Agent {
             let tick = tokio::time::sleep_until(timeout.into());
             tokio::select! {
                 () = super::until_stop(&mut sources.shutdown) => return self.commit(),
-                () = tick => self.handle(Input::Tick),
+                () = tick => {
+                    self.orders.extend(self.later.drain(..));
+                    self.handle(Input::Tick);
+                }
                 Some(event) = sources.stage.recv() => self.staged(event),
                 Some(request) = sources.requests.recv() => self.requested(request),
                 Some(event) = sources.links.recv() => self.linked(event),
@@ -220,10 +246,13 @@ impl Agent {
                 metadata,
             }),
             StageEvent::Refused { name, reason } => {
-                // Whatever waits under that name already is not this key: its block is credited,
-                // and the driver drops it.
                 tracing::warn!(qkd_key = %name, %reason, "QKD-key refused");
-                self.settle(name, Settlement::Dropped);
+                match quarantine(reason) {
+                    Some(reason) => self.handle(Input::Quarantined { name, reason }),
+                    // Whatever waits under that name already is not this key: its block is credited,
+                    // and the driver drops it.
+                    None => self.settle(name, Settlement::Dropped),
+                }
             }
             StageEvent::DroppedOldest { name } => {
                 // One line for each would be a flood: at 1, 2, 4, 8 …
@@ -234,10 +263,21 @@ impl Agent {
                 }
                 self.handle(Input::Lost(name));
             }
-            StageEvent::Formatted { ticket, result } => {
-                let Some(ticket) = self.tickets.remove(&ticket) else {
+            StageEvent::Formatted {
+                ticket: number,
+                result,
+            } => {
+                let Some((ticket, order)) = self.tickets.remove(&number) else {
                     return;
                 };
+                if let Err(FormatError::Pool(_)) = result {
+                    self.tickets.insert(number, (ticket, order.clone()));
+                    self.later.push(Command::Format {
+                        ticket: number,
+                        order,
+                    });
+                    return;
+                }
                 let segment = result
                     .map_err(|error| tracing::warn!(%error, segment = %ticket.segment, "segment not made"))
                     .ok()
@@ -263,17 +303,24 @@ impl Agent {
             Request::AddModule {
                 peer,
                 module_pair,
-                settle,
+                task,
             } => {
-                self.around.settle.insert(module_pair.clone(), settle);
+                self.around.modules.insert(module_pair.clone(), task);
                 self.handle(Input::ModulePair { peer, module_pair });
             }
             Request::RemoveModule(module_pair) => {
-                self.around.settle.remove(&module_pair);
+                self.around.modules.remove(&module_pair);
             }
             Request::Status(reply) => {
                 let _ = reply.send(Box::new(self.kma.status()));
             }
+            Request::Session {
+                module_pair,
+                session,
+            } => self.handle(Input::Session {
+                module_pair,
+                session,
+            }),
             Request::Route { destination, route } => {
                 self.handle(Input::Route { destination, route });
             }
@@ -303,12 +350,13 @@ impl Agent {
                 unit_bytes,
             } => {
                 self.next_ticket += 1;
-                self.tickets.insert(self.next_ticket, ticket);
                 let order = FormatOrder {
                     composition,
                     mask_bytes: MASK_BITS / 8,
                     unit_bytes,
                 };
+                self.tickets
+                    .insert(self.next_ticket, (ticket, order.clone()));
                 self.orders.push_back(Command::Format {
                     ticket: self.next_ticket,
                     order,
@@ -317,6 +365,18 @@ impl Agent {
             Output::Settle { name, outcome } => {
                 self.orders.push_back(Command::Drop { name: name.clone() });
                 self.settle(name, outcome);
+            }
+            Output::Numbering {
+                module_pair,
+                generation,
+                session,
+            } => {
+                if let Some(task) = self.around.modules.get(&module_pair) {
+                    task.named.send_replace(Some(Named {
+                        generation,
+                        session,
+                    }));
+                }
             }
             Output::Supplied { order, result } => {
                 // An application that has gone away has its keys burned all the same.
@@ -343,8 +403,8 @@ impl Agent {
     }
 
     fn settle(&self, name: QkdKeyName, outcome: Settlement) {
-        if let Some(driver) = self.around.settle.get(&name.module_pair) {
-            let _ = driver.send((name, outcome));
+        if let Some(task) = self.around.modules.get(&name.module_pair) {
+            let _ = task.settle.send((name, outcome));
         }
     }
 
@@ -360,6 +420,17 @@ impl Agent {
                 Err(CommandRefused::Stopped(_)) => return,
             }
         }
+    }
+}
+
+/// Whether a QKD-key that the pipeline refused must not be used at the other end either.
+fn quarantine(reason: RefuseReason) -> Option<QuarantineReason> {
+    match reason {
+        RefuseReason::Repetition | RefuseReason::Proportion | RefuseReason::Bias => {
+            Some(QuarantineReason::Unhealthy)
+        }
+        RefuseReason::DuplicateBlock => Some(QuarantineReason::Repeated),
+        _ => None,
     }
 }
 

@@ -18,7 +18,7 @@ use std::{
 };
 
 use qkd_drivers::{DriverConfig, Event, KeyBlock, KeySource, Openers, next_event};
-use qkd_keyfile::{Generation, ModulePairId, QkdKeyName};
+use qkd_keyfile::{ModulePairId, QkdKeyName};
 use qkd_kma::Settlement;
 use qkd_pipeline::{Descriptor, PushError, Pusher};
 use qkd_secmem::{KeyBuf, Pool};
@@ -28,7 +28,7 @@ use tokio::{
 };
 
 use self::{credit::Credit, reopening::Backoff};
-use super::until_stop;
+use super::{naming::Naming, until_stop};
 
 pub(crate) use reopening::{Closed, fits_key_memory};
 
@@ -55,6 +55,7 @@ pub(crate) struct Intake {
     /// Whether the store of the link is full.
     pub(crate) full: watch::Receiver<bool>,
     pub(crate) state: watch::Sender<ModuleReport>,
+    pub(crate) naming: Naming,
 }
 
 /// What a module said last; for `status`.
@@ -95,6 +96,9 @@ impl Intake {
             return;
         }
         let mut credit = self.fresh_credit();
+        if !self.named(&mut credit, &mut shutdown).await {
+            return;
+        }
         let mut free = None;
         let mut progress = Instant::now();
         loop {
@@ -134,6 +138,15 @@ impl Intake {
                 Ok(event) => {
                     self.note(&event);
                     free = Some(buffer);
+                    if let Event::Attached {
+                        session: Some(session),
+                        ..
+                    } = event
+                        && self.naming.attached(&self.module_pair, session).await
+                        && !self.named(&mut credit, &mut shutdown).await
+                    {
+                        return;
+                    }
                 }
                 Err(error) => {
                     if !self.reopen(Some(&error), &mut backoff, &mut shutdown).await {
@@ -144,6 +157,17 @@ impl Intake {
                     credit = self.fresh_credit();
                     progress = Instant::now();
                 }
+            }
+        }
+    }
+
+    /// Waits until it is agreed what QKD-keys are called; `false` if the node stops.
+    async fn named(&mut self, credit: &mut Credit, shutdown: &mut watch::Receiver<bool>) -> bool {
+        loop {
+            tokio::select! {
+                () = until_stop(shutdown) => return false,
+                Some((name, outcome)) = self.settled.recv() => self.settle(&name, outcome, credit),
+                () = self.naming.agreed() => return true,
             }
         }
     }
@@ -187,11 +211,8 @@ impl Intake {
             state.key_bits += u64::from(key.key_bits);
             state.qber_ppm = key.qber_ppm.or(state.qber_ppm);
         });
-        let name = QkdKeyName {
-            module_pair: self.module_pair.clone(),
-            generation: Generation::default(),
-            id: key.metadata.qkd_key_id.clone(),
-        };
+        let id = key.metadata.qkd_key_id.clone();
+        let name = self.naming.name(&self.module_pair, id);
         // A short key moves to a block of its size; one that fills its block stays.
         let small = (len_bytes * 4 <= buffer.len_bytes())
             .then(|| self.pool.copy_of(&buffer.expose()[..len_bytes]).ok())
@@ -235,8 +256,11 @@ impl Intake {
         let outcome = match outcome {
             Settlement::Stored => qkd_drivers::Settlement::Stored,
             Settlement::Dropped => qkd_drivers::Settlement::Dropped,
+            Settlement::Quarantined => qkd_drivers::Settlement::Quarantined,
         };
-        self.source.settle(&name.id, outcome);
+        if self.naming.is_of_session(name) {
+            self.source.settle(&name.id, outcome);
+        }
         credit.settled(self.share_bytes.load(Ordering::Relaxed));
         self.source.grant(credit.top_up());
     }

@@ -8,6 +8,7 @@ mod agent;
 mod generator;
 mod intake;
 mod modules;
+mod naming;
 mod routes;
 mod status;
 mod supply;
@@ -51,7 +52,7 @@ use supply::NodeSupply;
 const HANDOFF_CAPACITY: usize = 1024;
 
 /// QKD-keys that wait for the other end.
-const WAITING_KEYS: usize = 4096;
+const WAITING_KEYS: usize = 16_384;
 
 /// Length over which unit digests are taken, in bytes.
 const DIGEST_UNIT_BYTES: u32 = 4096;
@@ -193,7 +194,7 @@ impl Node {
             full,
             requests: requests.clone(),
         });
-        let settle = modules.start(&config)?;
+        let module_tasks = modules.start(&config)?;
 
         let (alarms, alarm_receiver) = mpsc::unbounded_channel();
         let routes = Routes::start(
@@ -213,7 +214,7 @@ impl Node {
         let around = Surroundings {
             links: links.clone(),
             stage,
-            settle,
+            modules: module_tasks,
             full: full_senders,
             want_route,
             want_random: generator.transpose()?,
@@ -406,6 +407,9 @@ fn kma_config(config: &Config) -> KmaConfig {
             module_pairs: pairs.map(|pair| pair.name.get_ref().clone()).collect(),
             floor_bytes: link.floor_bytes,
             capacity_bytes: link.capacity_bytes,
+            segment_bytes: link.segment_kib.get_ref() << 10,
+            gather: Duration::from_millis(link.gather_ms),
+            mismatch_limit: link.mismatch_limit,
         };
         (link.peer.get_ref().clone(), entry)
     });

@@ -19,8 +19,9 @@ use tokio::{
 
 use super::{
     NodeError,
-    agent::{Request, Settled},
+    agent::{ModuleTask, Request},
     intake::{Closed, Intake, ModuleReport, fits_key_memory},
+    naming::Naming,
 };
 use crate::config::Config;
 
@@ -124,7 +125,7 @@ impl Modules {
     pub(crate) fn start(
         &mut self,
         config: &Config,
-    ) -> Result<BTreeMap<ModulePairId, Settled>, NodeError> {
+    ) -> Result<BTreeMap<ModulePairId, ModuleTask>, NodeError> {
         let entries = entries(config);
         self.share(entries.len());
         let mut settle = BTreeMap::new();
@@ -180,11 +181,11 @@ impl Modules {
                 None => changes.added.push(name.clone()),
             }
             let peer = entry.peer.clone();
-            let settle = self.read(name.clone(), entry, None);
+            let task = self.read(name.clone(), entry, None);
             let request = Request::AddModule {
                 peer,
                 module_pair: name,
-                settle,
+                task,
             };
             let _ = self.requests.send(request).await;
         }
@@ -217,8 +218,9 @@ impl Modules {
         name: ModulePairId,
         entry: Entry,
         source: Option<Box<dyn KeySource>>,
-    ) -> Settled {
+    ) -> ModuleTask {
         let (settle, settled) = mpsc::unbounded_channel();
+        let (named, naming) = watch::channel(None);
         let (state, report) = watch::channel(ModuleReport::default());
         let (stop, stopped) = watch::channel(false);
         // Links that this process lacks were sorted out before.
@@ -233,13 +235,14 @@ impl Modules {
             share_bytes: self.share_bytes.clone(),
             pusher: self.pusher.clone(),
             settled,
+            naming: Naming::new(naming, self.requests.clone()),
             full: full.unwrap_or_else(|| watch::channel(false).1),
             state,
         };
         let task = tokio::spawn(intake.run(stopped));
         self.reports.set(&name, Some(report));
         self.running.insert(name, Running { entry, stop, task });
-        settle
+        ModuleTask { settle, named }
     }
 
     async fn end(&mut self, name: &ModulePairId) {

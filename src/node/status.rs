@@ -11,7 +11,7 @@ use std::{
 };
 
 use qkd_keyfile::NodeId;
-use qkd_kma::{Accounts, Status, StockStatus};
+use qkd_kma::{Accounts, ModulePairStatus, Status, StockStatus};
 use serde::Serialize;
 use tokio::{
     io::AsyncWriteExt,
@@ -36,6 +36,8 @@ pub struct Report {
     pub stocks: BTreeMap<NodeId, StockReport>,
     /// Every module of this node, by module pair.
     pub modules: BTreeMap<String, ModuleReport>,
+    /// The module pairs, as this end agrees on their keys with the other.
+    pub module_pairs: BTreeMap<String, ModulePairStatus>,
     /// Bindings that no destination has acknowledged.
     pub outbox_bindings: usize,
     /// Bound keys that wait here for their applications.
@@ -193,6 +195,11 @@ impl StatusServer {
                 .map(|stock| (stock.with.clone(), stock.into()))
                 .collect(),
             modules: self.modules.get(),
+            module_pairs: status
+                .module_pairs
+                .into_iter()
+                .map(|(name, status)| (name.to_string(), status))
+                .collect(),
             outbox_bindings: status.outbox_bindings,
             waiting_bindings: status.waiting_bindings,
             key_memory: MemoryReport {

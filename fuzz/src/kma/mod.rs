@@ -231,6 +231,8 @@ impl Network {
     }
 
     fn hold(&mut self, at: usize, name: &QkdKeyName, key: Vec<u8>) {
+        let mut name = name.clone();
+        name.generation = self.nodes[at].kma.store().generation(&name.module_pair);
         let key_bits = u32::try_from(key.len() * 8).unwrap();
         self.nodes[at].waiting.insert(name.clone(), key);
         self.input(
@@ -419,6 +421,7 @@ impl Network {
                 self.nodes[at].waiting.remove(&name);
                 None
             }
+            Output::Numbering { .. } => None,
             Output::Supplied { order, result } => {
                 self.supplied(at, order, result);
                 None

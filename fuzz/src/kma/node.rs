@@ -1,6 +1,6 @@
 //! One key manager with its disk and its pipeline.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use qkd_kernels::Backend;
 use qkd_keyfile::{AppId, Composition, Entropy, NodeId, QkdKeyName, StreamId};
@@ -92,10 +92,13 @@ impl Node {
                 id: piece.qkd_key.clone(),
             };
             let key = self.waiting.get(&name)?;
-            assert!((piece.offset_bits | piece.len_bits).is_multiple_of(8));
-            let (offset, len) = (piece.offset_bits / 8, piece.len_bits / 8);
-            bits.extend_from_slice(key.get(offset as usize..)?.get(..len as usize)?);
+            let end = piece.offset_bits + piece.len_bits;
+            assert!(end as usize <= 8 * key.len());
+            let bit = |at: u32| key[at as usize / 8] & 0x80 >> (at % 8) != 0;
+            bits.extend((piece.offset_bits..end).map(bit));
         }
+        let byte = |bits: &[bool]| bits.iter().fold(0, |byte, &bit| byte << 1 | u8::from(bit));
+        let bits: Vec<u8> = bits.chunks_exact(8).map(byte).collect();
         let units = bits.get(32..)?.chunks(unit_bytes as usize);
         let digests = units.map(|unit| Sha256::digest(unit).into()).collect();
         Some(FormattedSegment {
@@ -135,6 +138,9 @@ fn config(names: &[&str], at: usize) -> KmaConfig {
         module_pairs: vec![pair(a).parse().unwrap()],
         floor_bytes: 64,
         capacity_bytes: 1 << 16,
+        segment_bytes: 128,
+        gather: Duration::ZERO,
+        mismatch_limit: 0,
     };
     let before = at.checked_sub(1).map(|before| (name(before), link(before)));
     let after = (at + 1 < names.len()).then(|| (name(at + 1), link(at)));

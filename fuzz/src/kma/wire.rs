@@ -49,15 +49,20 @@ impl Writer<'_, '_> {
             }
             // MarksTaken, RolledBack, BindingsTaken: one number.
             2 | 3 | 17 => self.long(),
-            // Announce: module pair, generation, held, dropped, complete.
+            // Announce: module pair, generation, the last anew, held, dropped, complete, stopped.
             4 => {
                 self.pair();
+                self.small();
                 self.small();
                 self.list(|w| {
                     w.qkd_key();
                     w.int();
                 });
-                self.list(Self::qkd_key);
+                self.list(|w| {
+                    w.qkd_key();
+                    w.small_below(2);
+                });
+                self.small_below(2);
                 self.small_below(2);
             }
             // Propose: segment, composition, key type, key ID, unit length, tag.
@@ -75,11 +80,12 @@ impl Writer<'_, '_> {
                 self.int();
                 self.fixed();
             }
-            // Answer: segment, verdict, tag.
+            // Answer: segment, verdict, tag, what is missing.
             6 => {
                 self.long();
                 self.small_below(4);
                 self.fixed();
+                self.list(Self::qkd_key);
             }
             // Commit: stream, segment, proof.
             7 => {

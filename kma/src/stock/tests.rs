@@ -69,6 +69,9 @@ impl Plant {
             module_pairs: Vec::new(),
             floor_bytes: 0,
             capacity_bytes: 64 * MIB,
+            segment_bytes: 1,
+            gather: std::time::Duration::ZERO,
+            mismatch_limit: 8,
         };
         let remotes = (0..asked_per_tick.len()).map(|pair| (name_of(pair), remote.clone()));
         let config = KmaConfig {

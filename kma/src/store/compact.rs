@@ -124,7 +124,8 @@ mod tests {
         let (me, peer): (NodeId, NodeId) = ("a".parse().unwrap(), "b".parse().unwrap());
         let stream = StreamId::Link(LinkId::between(&me, &peer).unwrap());
         store.peer_store(&peer, 77);
-        store.use_qkd_keys((0..8000).map(|n| QkdKeyName {
+        // Each of 64 bits of its digest in the state.
+        store.use_qkd_keys((0..32_000).map(|n| QkdKeyName {
             module_pair: "mp".parse().unwrap(),
             generation: Generation(0),
             id: format!("{n:0>60}").parse().unwrap(),

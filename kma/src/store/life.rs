@@ -79,13 +79,8 @@ impl AgeClock {
 pub(super) struct Received(BTreeMap<QkdKeyName, QkdKeyMetadata>);
 
 impl Received {
-    pub(super) fn forget(&mut self, pair: &ModulePairId, generation: Generation, ids: &[QkdKeyId]) {
-        if self.0.is_empty() {
-            return;
-        }
-        for id in ids {
-            self.0.remove(&name_of(pair, generation, id));
-        }
+    pub(super) fn forget(&mut self, name: &QkdKeyName) {
+        self.0.remove(name);
     }
 }
 
@@ -136,7 +131,8 @@ impl Store {
             for piece in &composition.pieces {
                 let (pair, generation) = (&composition.module_pair, composition.generation);
                 let name = name_of(pair, generation, &piece.qkd_key);
-                let Some(mut metadata) = self.received.0.remove(&name) else {
+                // Until it is settled: a QKD-key may be in several segments.
+                let Some(mut metadata) = self.received.0.get(&name).cloned() else {
                     continue;
                 };
                 hashes.extend(metadata.hash.take().map(|hash| (name.id.clone(), hash)));

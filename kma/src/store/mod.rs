@@ -14,15 +14,16 @@ mod life;
 mod life_test;
 #[cfg(test)]
 mod model;
+mod numbering;
 mod read;
 mod survey;
 mod take;
 mod trace;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use qkd_keyfile::{
-    AppId, Composition, KmaKeyId, KsaKeyId, NodeId, QkdKeyName, SegmentNumber, StreamId,
+    AppId, Composition, KmaKeyId, KsaKeyId, NodeId, SegmentNumber, StreamId,
     metadata::{KeyType, RelayedKeyMetadata, SecurityLevel},
 };
 use qkd_secmem::Pool;
@@ -231,42 +232,6 @@ impl Store {
     }
 
     // Agreement.
-
-    /// Whether the QKD-key entered a composition or was dropped before.
-    pub(crate) fn is_used(&self, name: &QkdKeyName) -> bool {
-        self.state
-            .used
-            .get(&(name.module_pair.clone(), name.generation))
-            .is_some_and(|used| used.contains(&name.id))
-    }
-
-    /// The greatest decimal QKD-key ID of a module pair that came in and is settled.
-    #[must_use]
-    pub fn last_qkd_key_number(&self, module_pair: &qkd_keyfile::ModulePairId) -> Option<u64> {
-        self.state
-            .used
-            .get(&(module_pair.clone(), qkd_keyfile::Generation::default()))?
-            .last_number()
-    }
-
-    /// Settles QKD-keys: they never come in again.
-    pub(crate) fn use_qkd_keys(&mut self, names: impl IntoIterator<Item = QkdKeyName>) {
-        let mut by_pair: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for name in names {
-            by_pair
-                .entry((name.module_pair, name.generation))
-                .or_default()
-                .push(name.id);
-        }
-        for ((module_pair, generation), ids) in by_pair {
-            self.received.forget(&module_pair, generation, &ids);
-            self.record(Record::QkdKeysUsed {
-                module_pair,
-                generation,
-                ids,
-            });
-        }
-    }
 
     /// Gives out a segment number; with it the composition and its masks are spent.
     pub(crate) fn propose(

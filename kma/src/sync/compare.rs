@@ -1,19 +1,21 @@
 //! The answerer's side: compares proposals with its own bits.
 
-use std::collections::BTreeSet;
-
-use qkd_keyfile::{Composition, Generation, KeySpan, SegmentNumber};
+use qkd_keyfile::{Composition, KeySpan, QkdKeyId, SegmentNumber};
 use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
 
-use super::{Compared, LinkSync, MAX_SEGMENT_BITS, drop_key, masks_of, name_of, names_of};
+use super::{
+    Compared, LinkSync,
+    compose::{self, MAX_SEGMENT_BITS, MIN_SEGMENT_BITS},
+    masks_of, names_of,
+};
 use crate::{
     digest::{Half, MASK_BYTES, comparison_tag, link_key_id},
-    io::{Alarm, Cx, FormatTicket, FormattedSegment, Output, Settlement},
+    io::{Alarm, Cx, FormattedSegment},
     record::{DiscardReason, Stage},
     store::ReadError,
     vault::{GetError, MAX_ROW_BYTES},
-    wire::{Message, Propose, Verdict},
+    wire::{DropReason, Message, Propose, Verdict},
 };
 
 /// Answers kept to be said again.
@@ -21,6 +23,14 @@ const ANSWERS_MAX: usize = 1024;
 
 /// Lengths of a unit that are taken from a proposer: shorter ones cost more digest than bits.
 const UNIT_BYTES: std::ops::RangeInclusive<usize> = 16..=MAX_ROW_BYTES;
+
+/// A proposal that waits for the pipeline.
+#[derive(Debug)]
+pub(super) struct Comparing {
+    /// The order to the pipeline.
+    pub(super) order: u64,
+    pub(super) propose: Propose,
+}
 
 impl LinkSync {
     /// The proposer's half has come.
@@ -45,63 +55,69 @@ impl LinkSync {
             return self.say_full(cx, number);
         }
         let composition = &propose.composition;
-        if propose.kma_key_id != link_key_id(&self.link, number, composition)
-            || !self.holds(cx, composition)
-        {
-            return self.refuse(cx, &propose);
+        if composition.generation != cx.store.generation(&composition.module_pair) {
+            // The later one of the two is on its way to whoever lacks it; then the proposal is void,
+            // or comes again.
+            return;
         }
-        cx.out.push(Output::Format {
-            ticket: FormatTicket {
-                peer: self.peer.clone(),
-                segment: number,
-            },
-            composition: composition.clone(),
-            unit_bytes: propose.unit_bytes,
-        });
-        self.compose(composition, true);
-        self.comparing.insert(number, propose);
+        if propose.kma_key_id != link_key_id(&self.link, number, composition) {
+            return self.refuse(cx, &propose, Vec::new());
+        }
+        if let Err(missing) = self.take(cx, composition) {
+            return self.refuse(cx, &propose, missing);
+        }
+        let order = self.order(cx, number, composition, propose.unit_bytes);
+        self.comparing.insert(number, Comparing { order, propose });
     }
 
-    /// Whether every piece is a whole QKD-key that waits here.
-    fn holds(&self, cx: &Cx<'_>, composition: &Composition) -> bool {
-        let Some(pair) = self.pairs.get(&composition.module_pair) else {
-            return false;
-        };
-        let distinct: BTreeSet<_> = composition.pieces.iter().map(|p| &p.qkd_key).collect();
+    /// Takes the bits of a composition, if all are free here.
+    fn take(&mut self, cx: &Cx<'_>, composition: &Composition) -> Result<(), Vec<QkdKeyId>> {
         let bits = composition.len_bits();
-        composition.generation == Generation::default()
-            && bits.is_some_and(|bits| bits <= MAX_SEGMENT_BITS)
-            && !distinct.is_empty()
-            && distinct.len() == composition.pieces.len()
-            && composition.pieces.iter().all(|piece| {
-                piece.offset_bits == 0
-                    && pair.free_bits(&piece.qkd_key) == Some(piece.len_bits)
-                    && !cx
-                        .store
-                        .is_used(&name_of(&composition.module_pair, &piece.qkd_key))
-            })
+        let fits = bits.is_some_and(|bits| (MIN_SEGMENT_BITS..=MAX_SEGMENT_BITS).contains(&bits));
+        let take = |pair: &mut super::Pair| pair.take(cx.now.mono, &composition.pieces);
+        let taken = self.with_pair(&composition.module_pair, take);
+        match taken.filter(|_| fits) {
+            Some(taken) => taken,
+            None => Err(Vec::new()),
+        }
     }
 
-    /// The proposer composed something that this end cannot: both drop the QKD-keys.
-    fn refuse(&mut self, cx: &mut Cx<'_>, propose: &Propose) {
+    /// The proposer composed something that this end cannot. What is missing goes, at both ends: all
+    /// of it where nothing is named.
+    fn refuse(&mut self, cx: &mut Cx<'_>, propose: &Propose, missing: Vec<QkdKeyId>) {
         let composition = &propose.composition;
-        if let Some(pair) = self.pairs.get_mut(&composition.module_pair) {
-            for piece in &composition.pieces {
-                if pair.free_bits(&piece.qkd_key).is_some() {
-                    pair.forget(&piece.qkd_key);
-                    drop_key(cx, &composition.module_pair, piece.qkd_key.clone());
-                }
+        let now = cx.now.mono;
+        self.with_pair(&composition.module_pair, |pair| {
+            pair.burn(now, &compose::masks_of(&composition.pieces));
+        });
+        let ids = compose::names_of(&composition.pieces);
+        for id in &ids {
+            if missing.is_empty() || missing.contains(id) {
+                self.drop_free(cx, &composition.module_pair, id, DropReason::Gone);
+            } else {
+                // Its masks are gone: what is left of it belongs to this process.
+                let name = super::name_of(cx, &composition.module_pair, id);
+                cx.store.use_qkd_keys([name]);
             }
         }
-        self.answer(cx, propose, Verdict::Missing, [0; 16]);
+        self.settle_finished(cx, composition);
+        self.answer(cx, propose, Verdict::Missing, [0; 16], missing);
     }
 
-    fn answer(&mut self, cx: &mut Cx<'_>, propose: &Propose, verdict: Verdict, tag: [u8; 16]) {
+    fn answer(
+        &mut self,
+        cx: &mut Cx<'_>,
+        propose: &Propose,
+        verdict: Verdict,
+        tag: [u8; 16],
+        missing: Vec<QkdKeyId>,
+    ) {
         let segment = propose.segment;
         let message = Message::Answer {
             segment,
             verdict,
             tag,
+            missing,
         }
         .encode();
         let said = (propose.kma_key_id, message.clone());
@@ -118,6 +134,7 @@ impl LinkSync {
             segment,
             verdict: Verdict::Full,
             tag: [0; 16],
+            missing: Vec::new(),
         };
         cx.send(&self.peer, &message);
     }
@@ -132,17 +149,18 @@ impl LinkSync {
         let (number, composition) = (propose.segment, &propose.composition);
         let with_masks = segment.and_then(|segment| Some((masks_of(&segment)?, segment)));
         let Some((masks, segment)) = with_masks else {
-            self.compose(composition, false);
-            return self.refuse(cx, propose);
+            self.release(cx, composition);
+            return self.refuse(cx, propose, Vec::new());
         };
         let digests = &segment.digests;
         let tag = |half| comparison_tag(half, propose.kma_key_id, composition, digests, &masks);
         if !bool::from(tag(Half::Proposal).ct_eq(&propose.tag)) {
-            cx.store.use_qkd_keys(names_of(composition));
-            cx.store.note_mismatch(&self.stream, number);
-            self.alarm_mismatch(cx, composition);
-            self.settle(cx, composition, Settlement::Dropped);
-            return self.answer(cx, propose, Verdict::Differ, tag(Half::AnswerDiffer));
+            let (_, parts) = self.differs(cx, composition);
+            if parts.is_empty() {
+                cx.store.note_mismatch(&self.stream, number);
+            }
+            let tag = tag(Half::AnswerDiffer);
+            return self.answer(cx, propose, Verdict::Differ, tag, Vec::new());
         }
         let compared = Compared {
             number,
@@ -153,12 +171,20 @@ impl LinkSync {
             bits: &segment.bits,
         };
         if !self.store(cx, &compared) {
-            self.compose(composition, false);
+            self.release(cx, composition);
             return self.say_full(cx, number);
         }
         cx.store.use_qkd_keys(names_of(composition));
-        self.settle(cx, composition, Settlement::Stored);
-        self.answer(cx, propose, Verdict::Match, tag(Half::AnswerMatch));
+        self.count_agreed(composition);
+        self.close(cx, composition, true);
+        let tag = tag(Half::AnswerMatch);
+        self.answer(cx, propose, Verdict::Match, tag, Vec::new());
+    }
+
+    fn release(&mut self, cx: &Cx<'_>, composition: &Composition) {
+        self.with_pair(&composition.module_pair, |pair| {
+            pair.release(cx.now.mono, &composition.pieces);
+        });
     }
 
     /// A proposal that was answered before a restart: the same answer, from the stored bits.
@@ -172,7 +198,7 @@ impl LinkSync {
             cx.alarm(Alarm::PeerRolledBack {
                 peer: self.peer.clone(),
             });
-            return self.refuse(cx, propose);
+            return self.refuse(cx, propose, Vec::new());
         }
         let span = KeySpan {
             segment: number,
@@ -185,7 +211,7 @@ impl LinkSync {
             Err(_) => {
                 let reason = DiscardReason::NotStored;
                 cx.store.discard(&self.stream, number, reason);
-                return self.answer(cx, propose, Verdict::Missing, [0; 16]);
+                return self.answer(cx, propose, Verdict::Missing, [0; 16], Vec::new());
             }
         };
         let digests = digests_of(cx, &bits, propose.unit_bytes as usize);
@@ -200,7 +226,7 @@ impl LinkSync {
             &segment.digests,
             &masks,
         );
-        self.answer(cx, propose, Verdict::Match, tag);
+        self.answer(cx, propose, Verdict::Match, tag, Vec::new());
     }
 }
 

@@ -1,46 +1,48 @@
 //! Key synchronisation of one link (Y.3803 clause 8.2.1, steps 3 to 6).
 //!
 //! 1. *Announce*: each end tells which QKD-keys it holds and which it dropped.
-//! 2. *Propose*: the end with the smaller ID composes a segment of a QKD-key that both hold.
+//! 2. *Propose*: the end with the smaller ID composes segments of QKD-keys that both hold.
 //! 3. *Compare*: its tag goes out under mask bits of the segment; the answerer compares.
 //! 4. *Answer*, once the answerer has stored the segment; *commit*, once the proposer has.
 //!
-//! Nothing is a KMA-key before both ends hold it (B-27); where they differ, both discard (B-26).
+//! Nothing is a KMA-key before both ends hold it (B-27). Where they differ, the segment is divided
+//! until the QKD-key is found, and both discard it (B-26).
 
 mod announce;
 mod compare;
+mod compose;
+mod mismatch;
+mod numbering;
+mod pair;
 mod propose;
 
 use std::collections::BTreeMap;
 
 use qkd_keyfile::{
-    Composition, Generation, KmaKeyId, LinkId, ModulePairId, NodeId, QkdKeyId, QkdKeyName,
-    SegmentNumber, StreamId,
+    Composition, KmaKeyId, LinkId, ModulePairId, NodeId, QkdKeyId, QkdKeyName, SegmentNumber,
+    StreamId,
     metadata::{KeyType, SecurityLevel},
 };
 use qkd_secmem::KeyBuf;
 use zeroize::Zeroizing;
 
 use crate::{
-    digest::{MASK_BITS, MASK_BYTES},
-    io::{Alarm, Cx, FormattedSegment, LinkConfig, Settlement},
+    digest::MASK_BYTES,
+    io::{
+        Alarm, Cx, FormatTicket, FormattedSegment, LinkConfig, Output, QuarantineReason, Settlement,
+    },
     record::Stage,
-    store::NewSegment,
-    vault::MAX_ROW_BYTES,
-    wire::Propose,
+    store::{NewSegment, Store},
+    wire::DropReason,
 };
 
 pub(crate) use announce::Announcement;
+pub use numbering::ModulePairStatus;
 
-use announce::Pair;
+use compare::Comparing;
+use mismatch::Division;
+use pair::Pair;
 use propose::Proposal;
-
-/// Shortest QKD-key that makes a segment: the masks and one byte.
-const MIN_SEGMENT_BITS: u32 = MASK_BITS + 8;
-
-/// The longest: what a row of the store takes.
-const MAX_SEGMENT_BITS: u32 = 8 * (256 << 10);
-const _: () = assert!(MAX_SEGMENT_BITS as usize <= 8 * MAX_ROW_BYTES);
 
 /// One end of the synchronisation with one matching KMA.
 #[derive(Debug)]
@@ -52,15 +54,21 @@ pub(crate) struct LinkSync {
     config: LinkConfig,
     unit_bytes: u32,
     connected: bool,
+    /// There is something to announce that need not wait for the next tick.
+    pub(crate) has_news: bool,
     pairs: BTreeMap<ModulePairId, Pair>,
     /// Proposer: the module pair whose turn it is.
     turn: usize,
     /// Proposer: waits for the pipeline, then for the answer.
     proposals: BTreeMap<SegmentNumber, Proposal>,
+    /// Proposer: segments that differed, by their number, of which parts are under comparison.
+    divisions: BTreeMap<SegmentNumber, Division>,
     /// Answerer: waits for the pipeline.
-    comparing: BTreeMap<SegmentNumber, Propose>,
+    comparing: BTreeMap<SegmentNumber, Comparing>,
     /// Answerer: what was answered since this process began, to be said again.
     answers: BTreeMap<SegmentNumber, (KmaKeyId, Vec<u8>)>,
+    /// Orders to the pipeline so far.
+    orders: u64,
     /// QKD-keys whose IDs had come in before.
     came_again: u64,
 }
@@ -72,12 +80,11 @@ impl LinkSync {
         link: LinkId,
         config: LinkConfig,
         unit_bytes: u32,
+        store: &Store,
     ) -> Self {
-        let pairs = config
-            .module_pairs
-            .iter()
-            .map(|name| (name.clone(), Pair::default()))
-            .collect();
+        let pairs = config.module_pairs.iter();
+        let pairs = pairs.map(|name| (name.clone(), fresh_pair(store, name)));
+        let pairs = pairs.collect();
         Self {
             peer: peer.clone(),
             stream: StreamId::Link(link.clone()),
@@ -86,19 +93,26 @@ impl LinkSync {
             config,
             unit_bytes,
             connected: false,
+            has_news: false,
             pairs,
             turn: 0,
             proposals: BTreeMap::new(),
+            divisions: BTreeMap::new(),
             comparing: BTreeMap::new(),
             answers: BTreeMap::new(),
+            orders: 0,
             came_again: 0,
         }
     }
 
     /// The session is there: everything unsettled is said again.
-    pub(crate) fn connected(&mut self) {
+    pub(crate) fn connected(&mut self, cx: &Cx<'_>) {
         self.connected = true;
-        self.pairs.values_mut().for_each(Pair::connected);
+        let now = cx.now.mono;
+        self.pairs.values_mut().for_each(|pair| {
+            pair.connected(now);
+            pair.standing.peer_stopped = false;
+        });
     }
 
     pub(crate) fn disconnected(&mut self) {
@@ -108,17 +122,23 @@ impl LinkSync {
     /// The peer's store was replaced: segments under comparison are void.
     pub(crate) fn peer_replaced(&mut self, cx: &mut Cx<'_>) {
         for proposal in std::mem::take(&mut self.proposals).into_values() {
-            self.settle(cx, &proposal.composition, Settlement::Dropped);
+            self.give_up(cx, &proposal.composition);
         }
-        for propose in std::mem::take(&mut self.comparing).into_values() {
-            self.compose(&propose.composition, false);
+        for comparing in std::mem::take(&mut self.comparing).into_values() {
+            let composition = comparing.propose.composition;
+            self.with_pair(&composition.module_pair, |pair| {
+                pair.release(cx.now.mono, &composition.pieces);
+            });
         }
+        self.divisions.clear();
         self.answers.clear();
     }
 
     /// The peer is told of what waits of the new pair as after a connect: all of it, before segments.
-    pub(crate) fn add_pair(&mut self, module_pair: ModulePairId) {
-        self.pairs.entry(module_pair).or_default();
+    pub(crate) fn add_pair(&mut self, cx: &mut Cx<'_>, module_pair: ModulePairId) {
+        let fresh = || fresh_pair(cx.store, &module_pair);
+        self.pairs.entry(module_pair.clone()).or_insert_with(fresh);
+        numbering::say(cx, &module_pair);
     }
 
     pub(crate) fn knows_pair(&self, module_pair: &ModulePairId) -> bool {
@@ -127,62 +147,66 @@ impl LinkSync {
 
     /// A QKD-key waits in the pipeline.
     pub(crate) fn held(&mut self, cx: &mut Cx<'_>, name: QkdKeyName, key_bits: u32) {
-        let pair = self.pairs.get_mut(&name.module_pair);
-        let Some(pair) = pair.filter(|_| name.generation == Generation::default()) else {
+        let generation = cx.store.generation(&name.module_pair);
+        let Some(pair) = self.pairs.get_mut(&name.module_pair) else {
             return cx.settle(name, Settlement::Dropped);
         };
-        if cx.store.is_used(&name) {
-            // After a restart, hardware may deliver again what is settled already. A module that
-            // numbers its QKD-keys anew looks alike, and loses them until generations are raised.
-            self.came_again += 1;
-            if self.came_again.is_power_of_two() {
-                let times = self.came_again;
-                tracing::warn!(qkd_key = %name, times, "an ID that came in before; dropped");
-            }
-            cx.settle(name, Settlement::Dropped);
-        } else if !(MIN_SEGMENT_BITS..=MAX_SEGMENT_BITS).contains(&key_bits) {
-            tracing::warn!(qkd_key = %name, key_bits, "too short or too long for a segment; dropped");
-            drop_key(cx, &name.module_pair, name.id);
-        } else {
-            pair.hold(name.id, key_bits);
+        if name.generation != generation {
+            return cx.settle(name, Settlement::Dropped);
         }
+        if pair.standing.wants_generation.is_some() {
+            // It is of the numbering that is about to begin, or of the one that ended.
+            return cx.settle(name, Settlement::Dropped);
+        }
+        if pair.standing.stopped || pair.standing.peer_stopped || key_bits == 0 {
+            return drop_key(cx, name, Settlement::Dropped);
+        }
+        if cx.store.is_used(&name) {
+            return self.came_again(cx, name);
+        }
+        pair.standing.again = 0;
+        pair.hold(cx.now.mono, name.id, key_bits);
+        self.has_news = true;
     }
 
     /// The pipeline lost a QKD-key: the peer must not wait for it.
     pub(crate) fn lost(&mut self, cx: &mut Cx<'_>, name: &QkdKeyName) {
-        if let Some(pair) = self.pairs.get_mut(&name.module_pair)
-            && pair.drop_uncomposed(&name.id)
+        if name.generation == cx.store.generation(&name.module_pair)
+            && self.pairs.contains_key(&name.module_pair)
         {
-            drop_key(cx, &name.module_pair, name.id.clone());
+            self.drop_free(cx, &name.module_pair, &name.id, DropReason::Gone);
         }
+    }
+
+    /// The pipeline refused a QKD-key. One that is settled already was only delivered again.
+    pub(crate) fn quarantined(
+        &mut self,
+        cx: &mut Cx<'_>,
+        name: QkdKeyName,
+        reason: QuarantineReason,
+    ) {
+        let known = self.pairs.get(&name.module_pair);
+        if known.is_none_or(|pair| pair.held.contains_key(&name.id)) || cx.store.is_used(&name) {
+            return cx.settle(name, Settlement::Dropped);
+        }
+        self.with_pair(&name.module_pair, |pair| {
+            pair.tell_dropped(name.id.clone(), DropReason::Quarantined(reason));
+        });
+        self.has_news = true;
+        self.alarm_quarantined(cx, &name, reason, false);
+        drop_key(cx, name, Settlement::Quarantined);
     }
 
     /// Announces, proposes and repeats what is due.
     pub(crate) fn poll(&mut self, cx: &mut Cx<'_>) {
+        self.has_news = false;
         if !self.connected {
             return;
         }
-        for (name, pair) in &mut self.pairs {
-            pair.poll(cx, &self.peer, name);
-        }
+        self.announce_all(cx);
         if self.proposer {
             self.propose(cx);
             self.repeat_proposals(cx);
-        }
-    }
-
-    /// The peer's announcement.
-    pub(crate) fn announced(
-        &mut self,
-        cx: &mut Cx<'_>,
-        module_pair: &ModulePairId,
-        announcement: Announcement<'_>,
-    ) {
-        match self.pairs.get_mut(module_pair) {
-            Some(pair) => pair.announced(cx, module_pair, announcement),
-            None => {
-                tracing::warn!(peer = %self.peer, %module_pair, "announced a module pair that is not configured here");
-            }
         }
     }
 
@@ -190,41 +214,128 @@ impl LinkSync {
     pub(crate) fn formatted(
         &mut self,
         cx: &mut Cx<'_>,
-        number: SegmentNumber,
+        ticket: &FormatTicket,
         segment: Option<FormattedSegment>,
     ) {
+        let number = ticket.segment;
         if self.proposer {
-            self.formatted_proposal(cx, number, segment);
-        } else if let Some(propose) = self.comparing.remove(&number) {
-            self.compare(cx, &propose, segment);
+            return self.formatted_proposal(cx, ticket, segment);
+        }
+        let ordered = self.comparing.get(&number);
+        if ordered.is_some_and(|comparing| comparing.order == ticket.order)
+            && let Some(comparing) = self.comparing.remove(&number)
+        {
+            self.compare(cx, &comparing.propose, segment);
         }
     }
 
-    /// Marks the QKD-keys of a composition as being in a segment under comparison, or not.
-    fn compose(&mut self, composition: &Composition, composed: bool) {
-        if let Some(pair) = self.pairs.get_mut(&composition.module_pair) {
-            for piece in &composition.pieces {
-                pair.compose(&piece.qkd_key, composed);
-            }
-        }
+    /// Orders a segment of the pipeline; the order's number.
+    fn order(
+        &mut self,
+        cx: &mut Cx<'_>,
+        segment: SegmentNumber,
+        composition: &Composition,
+        unit_bytes: u32,
+    ) -> u64 {
+        self.orders += 1;
+        cx.out.push(Output::Format {
+            ticket: FormatTicket {
+                peer: self.peer.clone(),
+                segment,
+                order: self.orders,
+            },
+            composition: composition.clone(),
+            unit_bytes,
+        });
+        self.orders
     }
 
-    /// The QKD-keys of a composition are done with here.
-    fn settle(&mut self, cx: &mut Cx<'_>, composition: &Composition, outcome: Settlement) {
-        for name in names_of(composition) {
-            if let Some(pair) = self.pairs.get_mut(&name.module_pair) {
-                pair.forget(&name.id);
+    fn with_pair<R>(
+        &mut self,
+        module_pair: &ModulePairId,
+        work: impl FnOnce(&mut Pair) -> R,
+    ) -> Option<R> {
+        self.pairs.get_mut(module_pair).map(work)
+    }
+
+    /// A comparison is over: its QKD-keys are settled as far as nothing of them is left.
+    fn close(&mut self, cx: &mut Cx<'_>, composition: &Composition, stored: bool) {
+        self.with_pair(&composition.module_pair, |pair| {
+            pair.conclude(&composition.pieces, stored);
+        });
+        self.settle_finished(cx, composition);
+    }
+
+    /// The QKD-keys of a composition go whole.
+    fn give_up(&mut self, cx: &mut Cx<'_>, composition: &Composition) {
+        cx.store.use_qkd_keys(names_of(composition));
+        self.with_pair(&composition.module_pair, |pair| {
+            pair.conclude(&composition.pieces, false);
+            for id in compose::names_of(&composition.pieces) {
+                pair.drop_rest(cx.now.mono, &id, false);
             }
+        });
+        self.settle_finished(cx, composition);
+    }
+
+    fn settle_finished(&mut self, cx: &mut Cx<'_>, composition: &Composition) {
+        let ids = compose::names_of(&composition.pieces);
+        let finished = self.with_pair(&composition.module_pair, |pair| pair.finish(&ids));
+        for (id, outcome) in finished.into_iter().flatten() {
+            let name = QkdKeyName {
+                module_pair: composition.module_pair.clone(),
+                generation: composition.generation,
+                id,
+            };
             cx.settle(name, outcome);
         }
     }
 
-    fn alarm_mismatch(&self, cx: &mut Cx<'_>, composition: &Composition) {
-        let ids = composition.pieces.iter().map(|p| p.qkd_key.clone());
-        cx.alarm(Alarm::Mismatch {
+    /// What is free of a QKD-key is given up, and the peer is told.
+    fn drop_free(
+        &mut self,
+        cx: &mut Cx<'_>,
+        module_pair: &ModulePairId,
+        id: &QkdKeyId,
+        reason: DropReason,
+    ) {
+        let quarantine = matches!(reason, DropReason::Quarantined(_));
+        let dropped = self.with_pair(module_pair, |pair| {
+            let dropped = pair.drop_rest(cx.now.mono, id, quarantine);
+            if dropped {
+                pair.tell_dropped(id.clone(), reason);
+            }
+            dropped
+        });
+        if dropped == Some(true) {
+            self.has_news = true;
+            self.settle_dropped(cx, module_pair, id);
+        }
+    }
+
+    /// A QKD-key of which nothing is free: recorded, and settled unless it is under comparison.
+    fn settle_dropped(&mut self, cx: &mut Cx<'_>, module_pair: &ModulePairId, id: &QkdKeyId) {
+        let name = name_of(cx, module_pair, id);
+        cx.store.use_qkd_keys([name.clone()]);
+        let finished = self.with_pair(module_pair, |pair| pair.finish([id]));
+        for (_, outcome) in finished.into_iter().flatten() {
+            cx.settle(name.clone(), outcome);
+        }
+    }
+
+    fn alarm_quarantined(
+        &self,
+        cx: &mut Cx<'_>,
+        name: &QkdKeyName,
+        reason: QuarantineReason,
+        at_peer: bool,
+    ) {
+        cx.alarm(Alarm::Quarantined {
             peer: self.peer.clone(),
-            module_pair: composition.module_pair.clone(),
-            qkd_keys: ids.collect(),
+            module_pair: name.module_pair.clone(),
+            qkd_key: name.id.clone(),
+            reason,
+            at_peer,
         });
     }
 
@@ -236,7 +347,7 @@ impl LinkSync {
             stage: compared.stage,
             key_type: compared.key_type,
             total_bits: compared.composition.len_bits().unwrap_or(0),
-            head_bytes: MASK_BITS / 8,
+            head_bytes: crate::digest::MASK_BITS / 8,
             level: SecurityLevel::Qkd,
             kma_key_id: compared.kma_key_id,
             composition: Some(compared.composition.clone()),
@@ -262,25 +373,37 @@ struct Compared<'a> {
     bits: &'a KeyBuf,
 }
 
-fn name_of(module_pair: &ModulePairId, id: &QkdKeyId) -> QkdKeyName {
+fn fresh_pair(store: &Store, module_pair: &ModulePairId) -> Pair {
+    let mut pair = Pair::default();
+    if let Some(numbering) = store.numbering(module_pair) {
+        pair.standing.before = numbering.used.numbers_only();
+    }
+    pair
+}
+
+/// The name of a QKD-key that comes in now.
+fn name_of(cx: &Cx<'_>, module_pair: &ModulePairId, id: &QkdKeyId) -> QkdKeyName {
     QkdKeyName {
         module_pair: module_pair.clone(),
-        generation: Generation::default(),
+        generation: cx.store.generation(module_pair),
         id: id.clone(),
     }
 }
 
-fn names_of(composition: &Composition) -> impl Iterator<Item = QkdKeyName> {
-    composition
-        .pieces
-        .iter()
-        .map(|piece| name_of(&composition.module_pair, &piece.qkd_key))
+fn names_of(composition: &Composition) -> Vec<QkdKeyName> {
+    let ids = compose::names_of(&composition.pieces).into_iter();
+    ids.map(|id| QkdKeyName {
+        module_pair: composition.module_pair.clone(),
+        generation: composition.generation,
+        id,
+    })
+    .collect()
 }
 
-fn drop_key(cx: &mut Cx<'_>, module_pair: &ModulePairId, id: QkdKeyId) {
-    let name = name_of(module_pair, &id);
+/// A QKD-key that is not held never comes in again.
+fn drop_key(cx: &mut Cx<'_>, name: QkdKeyName, outcome: Settlement) {
     cx.store.use_qkd_keys([name.clone()]);
-    cx.settle(name, Settlement::Dropped);
+    cx.settle(name, outcome);
 }
 
 /// The masks at the head of a segment, if it is long enough to have them.

@@ -1,21 +1,20 @@
 //! The proposer's side: composes segments, concludes comparisons.
 
 use qkd_keyfile::{
-    Composition, Generation, KmaKeyId, ModulePairId, Mono, Piece, QkdKeyId, SegmentNumber,
-    metadata::KeyType,
+    Composition, KmaKeyId, ModulePairId, Mono, Piece, QkdKeyId, SegmentNumber, metadata::KeyType,
 };
 use subtle::ConstantTimeEq;
 
-use super::{Compared, LinkSync, drop_key, masks_of, name_of};
+use super::{Compared, LinkSync, compose, masks_of, names_of};
 use crate::{
     RESEND_AFTER,
     digest::{Half, comparison_tag, link_key_id},
-    io::{Cx, FormatTicket, FormattedSegment, Output, Settlement},
+    io::{Cx, FormatTicket, FormattedSegment},
     record::{DiscardReason, Stage},
-    wire::{Message, Propose, Verdict},
+    wire::{DropReason, Message, Propose, Verdict},
 };
 
-/// Segments under comparison at a time.
+/// Segments under comparison at a time. Parts of one that differs come on top of them.
 const WINDOW: usize = 64;
 
 /// A segment under comparison, at the proposer.
@@ -24,6 +23,10 @@ pub(super) struct Proposal {
     pub(super) composition: Composition,
     key_type: KeyType,
     kma_key_id: KmaKeyId,
+    /// The order to the pipeline.
+    order: u64,
+    /// The segment that differed and that this is a part of.
+    division: Option<SegmentNumber>,
     made: Option<Made>,
 }
 
@@ -35,9 +38,12 @@ struct Made {
 }
 
 impl LinkSync {
-    /// Composes segments of QKD-keys that both ends hold, one each, of every module pair in turn.
+    /// Composes segments of QKD-keys that both ends hold, of every module pair in turn.
     pub(super) fn propose(&mut self, cx: &mut Cx<'_>) {
         let names: Vec<ModulePairId> = self.pairs.keys().cloned().collect();
+        for name in &names {
+            self.drop_unequal(cx, name);
+        }
         let mut turn = names.iter().cycle().skip(self.turn);
         let mut idle = 0;
         while idle < names.len() {
@@ -53,51 +59,57 @@ impl LinkSync {
         }
     }
 
+    /// Not the same QKD-key, whatever its name says, where it has two lengths: both ends drop it.
+    fn drop_unequal(&mut self, cx: &mut Cx<'_>, module_pair: &ModulePairId) {
+        let next = |pair: &mut super::Pair| pair.unequal.pop_first();
+        while let Some(id) = self.with_pair(module_pair, next).flatten() {
+            self.differ_unproven(cx, module_pair, vec![id]);
+        }
+    }
+
     fn propose_one(&mut self, cx: &mut Cx<'_>, module_pair: &ModulePairId) -> bool {
         let full = cx.store.is_full(&self.stream, self.config.capacity_bytes);
-        if self.proposals.len() >= WINDOW || full {
+        if self.proposals.len() >= WINDOW || full || self.is_out_of_names(cx, module_pair) {
             return false;
         }
-        let Some(pair) = self.pairs.get_mut(module_pair) else {
+        let Some(pair) = self.pairs.get(module_pair) else {
             return false;
         };
-        let Some((id, bits_here, bits_there)) = pair.next_match() else {
+        let target_bits = 8 * u64::from(self.config.segment_bytes);
+        let Some(gathered) = pair.compose(cx.now.mono, target_bits, self.config.gather) else {
             return false;
         };
-        if bits_here == bits_there {
-            self.compose_one(cx, module_pair, id, bits_here);
-        } else {
-            // Not the same QKD-key, whatever its name says: both ends drop it.
-            pair.drop_uncomposed(&id);
-            self.alarm_mismatch(cx, &whole(module_pair, id.clone(), bits_here));
-            drop_key(cx, module_pair, id);
-        }
+        self.propose_pieces(cx, module_pair, gathered.0, None);
         true
     }
 
-    fn compose_one(
+    /// Puts free bits under comparison.
+    pub(super) fn propose_pieces(
         &mut self,
         cx: &mut Cx<'_>,
         module_pair: &ModulePairId,
-        id: QkdKeyId,
-        bits: u32,
+        pieces: Vec<Piece>,
+        division: Option<SegmentNumber>,
     ) {
-        cx.store.use_qkd_keys([name_of(module_pair, &id)]);
-        let composition = whole(module_pair, id, bits);
-        self.compose(&composition, true);
+        let taken = self.with_pair(module_pair, |pair| pair.take(cx.now.mono, &pieces));
+        if !matches!(taken, Some(Ok(()))) {
+            tracing::error!(%module_pair, "a segment of bits that are not free was not proposed");
+            return;
+        }
+        let composition = Composition {
+            module_pair: module_pair.clone(),
+            generation: cx.store.generation(module_pair),
+            pieces,
+        };
+        cx.store.use_qkd_keys(names_of(&composition));
         let segment = cx.store.propose(&self.stream, Some(composition.clone()));
-        cx.out.push(Output::Format {
-            ticket: FormatTicket {
-                peer: self.peer.clone(),
-                segment,
-            },
-            composition: composition.clone(),
-            unit_bytes: self.unit_bytes,
-        });
+        let order = self.order(cx, segment, &composition, self.unit_bytes);
         let proposal = Proposal {
             kma_key_id: link_key_id(&self.link, segment, &composition),
             key_type: self.assign(cx),
             composition,
+            order,
+            division,
             made: None,
         };
         self.proposals.insert(segment, proposal);
@@ -139,16 +151,18 @@ impl LinkSync {
     pub(super) fn formatted_proposal(
         &mut self,
         cx: &mut Cx<'_>,
-        number: SegmentNumber,
+        ticket: &FormatTicket,
         segment: Option<FormattedSegment>,
     ) {
+        let number = ticket.segment;
         let waiting = self.proposals.get_mut(&number);
-        let Some(proposal) = waiting.filter(|proposal| proposal.made.is_none()) else {
+        let waits = |p: &&mut Proposal| p.made.is_none() && p.order == ticket.order;
+        let Some(proposal) = waiting.filter(waits) else {
             return;
         };
         let with_masks = segment.and_then(|segment| Some((masks_of(&segment)?, segment)));
         let Some((masks, segment)) = with_masks else {
-            return self.abandon(cx, number, DiscardReason::Missing);
+            return self.abandon(cx, number, &[]);
         };
         let tag = comparison_tag(
             Half::Proposal,
@@ -176,18 +190,27 @@ impl LinkSync {
         });
     }
 
-    /// Gives up a proposal, here and at the peer.
-    fn abandon(&mut self, cx: &mut Cx<'_>, number: SegmentNumber, reason: DiscardReason) {
+    /// Gives up a proposal. The QKD-keys that are missing, all where none is named, go at both ends;
+    /// of the others the mask bits are burned, and the rest is free again.
+    fn abandon(&mut self, cx: &mut Cx<'_>, number: SegmentNumber, missing: &[QkdKeyId]) {
         let Some(proposal) = self.proposals.remove(&number) else {
             return;
         };
-        cx.store.discard(&self.stream, number, reason);
-        if let Some(pair) = self.pairs.get_mut(&proposal.composition.module_pair) {
-            for piece in &proposal.composition.pieces {
-                pair.tell_dropped(piece.qkd_key.clone());
+        cx.store
+            .discard(&self.stream, number, DiscardReason::Missing);
+        let composition = &proposal.composition;
+        let now = cx.now.mono;
+        self.with_pair(&composition.module_pair, |pair| {
+            pair.release(now, &composition.pieces);
+            pair.burn(now, &compose::masks_of(&composition.pieces));
+        });
+        for id in compose::names_of(&composition.pieces) {
+            if missing.is_empty() || missing.contains(&id) {
+                self.drop_free(cx, &composition.module_pair, &id, DropReason::Gone);
             }
         }
-        self.settle(cx, &proposal.composition, Settlement::Dropped);
+        self.settle_finished(cx, composition);
+        self.part_done(cx, proposal.division, false);
     }
 
     /// The answerer's half has come.
@@ -197,6 +220,7 @@ impl LinkSync {
         number: SegmentNumber,
         verdict: Verdict,
         tag: &[u8; 16],
+        missing: &[QkdKeyId],
     ) {
         if !self.proposer {
             return;
@@ -206,7 +230,7 @@ impl LinkSync {
             (None, Verdict::Match) => self.conclude_again(cx, number),
             (None, _) | (Some(_), Verdict::Full) => {}
             (Some(proposal), _) if proposal.made.is_none() => {}
-            (Some(_), Verdict::Missing) => self.abandon(cx, number, DiscardReason::Missing),
+            (Some(_), Verdict::Missing) => self.abandon(cx, number, missing),
             (Some(_), Verdict::Match) => self.conclude(cx, number, Half::AnswerMatch, tag),
             (Some(_), Verdict::Differ) => self.conclude(cx, number, Half::AnswerDiffer, tag),
         }
@@ -251,33 +275,46 @@ impl LinkSync {
             composition,
             bits: &segment.bits,
         };
-        let outcome = if equal && self.store(cx, &compared) {
-            Settlement::Stored
+        let division = proposal.division;
+        if equal && self.store(cx, &compared) {
+            self.count_agreed(composition);
+            self.close(cx, composition, true);
+            self.part_done(cx, division, false);
         } else if equal {
             let reason = DiscardReason::NotStored;
             cx.store.discard(&self.stream, number, reason);
-            Settlement::Dropped
+            self.close(cx, composition, false);
+            self.part_done(cx, division, false);
         } else {
-            // The bits differ, or the answer is not the peer's: either way both ends discard.
-            let reason = DiscardReason::Mismatch;
-            cx.store.discard(&self.stream, number, reason);
-            self.alarm_mismatch(cx, composition);
-            Settlement::Dropped
-        };
-        self.settle(cx, composition, outcome);
+            self.conclude_unequal(cx, number, &proposal, half);
+        }
         self.conclude_again(cx, number);
     }
-}
 
-/// A segment of one whole QKD-key.
-fn whole(module_pair: &ModulePairId, qkd_key: QkdKeyId, len_bits: u32) -> Composition {
-    Composition {
-        module_pair: module_pair.clone(),
-        generation: Generation::default(),
-        pieces: vec![Piece {
-            qkd_key,
-            offset_bits: 0,
-            len_bits,
-        }],
+    /// The bits differ, or the answer is not the peer's.
+    fn conclude_unequal(
+        &mut self,
+        cx: &mut Cx<'_>,
+        number: SegmentNumber,
+        proposal: &Proposal,
+        half: Half,
+    ) {
+        let composition = &proposal.composition;
+        let divided = if half == Half::AnswerDiffer {
+            self.divide(cx, number, composition, proposal.division)
+        } else {
+            // The answerer has stored it, and will hear that it is void: nothing is left to divide.
+            self.give_up(cx, composition);
+            let ids = compose::names_of(&composition.pieces);
+            self.differ_unproven(cx, &composition.module_pair, ids.into_iter().collect());
+            self.part_done(cx, proposal.division, true);
+            false
+        };
+        let reason = if divided {
+            DiscardReason::Divided
+        } else {
+            DiscardReason::Mismatch
+        };
+        cx.store.discard(&self.stream, number, reason);
     }
 }

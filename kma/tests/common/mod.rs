@@ -97,6 +97,8 @@ pub struct Node {
     pool: Pool,
     waiting: BTreeMap<QkdKeyName, (Vec<u8>, u32)>,
     pub settled: BTreeMap<QkdKeyName, Settlement>,
+    /// What QKD-keys that come in now are called.
+    pub generations: BTreeMap<ModulePairId, Generation>,
     pub alarms: Vec<Alarm>,
     pub answers: BTreeMap<u64, Result<Vec<SuppliedKey>, SupplyError>>,
     /// Bytes of the physical generator that were asked for.
@@ -189,6 +191,9 @@ pub fn chain(names: &[&str], target_bytes: u64) -> Vec<KmaConfig> {
                     module_pairs: vec![pair],
                     floor_bytes: 64,
                     capacity_bytes: 1 << 20,
+                    segment_bytes: 1,
+                    gather: Duration::ZERO,
+                    mismatch_limit: 8,
                 };
                 neighbours.insert(node(other), link);
             }
@@ -217,6 +222,14 @@ pub fn chain(names: &[&str], target_bytes: u64) -> Vec<KmaConfig> {
     configs
 }
 
+fn bit(bytes: &[u8], at: u32) -> bool {
+    bytes[at as usize / 8] & 0x80 >> (at % 8) != 0
+}
+
+fn byte(bits: &[bool]) -> u8 {
+    bits.iter().fold(0, |byte, &bit| byte << 1 | u8::from(bit))
+}
+
 impl Node {
     fn start(&mut self) {
         let vault: Box<dyn Vault> = if let Some(disk) = &self.copyable {
@@ -239,6 +252,10 @@ impl Node {
             .unwrap()
             .with_retention(self.retention);
         assert_eq!(store.inconsistencies(), 0);
+        let links = self.config.neighbours.values();
+        let pairs = links.flat_map(|link| &link.module_pairs);
+        let generation = |pair: &ModulePairId| (pair.clone(), store.generation(pair));
+        self.generations = pairs.map(generation).collect();
         let kma = Kma::new(self.config.clone(), store, boot, Backend::PORTABLE);
         self.kma = Some(kma.with_journal_limit(self.journal_limit_bytes));
     }
@@ -257,9 +274,11 @@ impl Node {
                 id: piece.qkd_key.clone(),
             };
             let (key, key_bits) = self.waiting.get(&name)?;
-            assert_eq!((piece.offset_bits, piece.len_bits), (0, *key_bits));
-            bits.extend_from_slice(&key[..(*key_bits / 8) as usize]);
+            let end = piece.offset_bits + piece.len_bits;
+            assert!(end <= *key_bits, "{name}: {end} of {key_bits} bits");
+            bits.extend((piece.offset_bits..end).map(|at| bit(key, at)));
         }
+        let bits: Vec<u8> = bits.chunks_exact(8).map(byte).collect();
         let digests = bits[32..].chunks(unit).map(|u| Sha256::digest(u).into());
         Some(FormattedSegment {
             digests: digests.collect(),
@@ -288,6 +307,7 @@ impl Network {
                 pool: pool.clone(),
                 waiting: BTreeMap::new(),
                 settled: BTreeMap::new(),
+                generations: BTreeMap::new(),
                 alarms: Vec::new(),
                 answers: BTreeMap::new(),
                 wanted_random: 0,
@@ -386,14 +406,24 @@ impl Network {
     /// Gives a QKD-key to a node, as its driver and pipeline would.
     pub fn deliver(&mut self, to: &NodeId, name: &QkdKeyName, key: &[u8]) {
         let key_bits = u32::try_from(key.len() * 8).unwrap();
+        self.deliver_bits(to, name, key, key_bits);
+    }
+
+    /// Gives a QKD-key of so many bits to a node; its generation is the present one.
+    pub fn deliver_bits(&mut self, to: &NodeId, name: &QkdKeyName, key: &[u8], key_bits: u32) {
         let node = self.nodes.get_mut(to).unwrap();
+        let mut name = name.clone();
+        if let Some(&generation) = node.generations.get(&name.module_pair) {
+            name.generation = generation;
+        }
         node.waiting.insert(name.clone(), (key.to_vec(), key_bits));
+        let metadata = QkdKeyMetadata::new(name.id.clone());
         self.input(
             to,
             Input::Held {
-                name: name.clone(),
+                name,
                 key_bits,
-                metadata: QkdKeyMetadata::new(name.id.clone()),
+                metadata,
             },
         );
     }
@@ -453,6 +483,14 @@ impl Network {
                 let node = self.nodes.get_mut(from).unwrap();
                 node.waiting.remove(&name);
                 node.settled.insert(name, outcome);
+            }
+            Output::Numbering {
+                module_pair,
+                generation,
+                ..
+            } => {
+                let node = self.nodes.get_mut(from).unwrap();
+                node.generations.insert(module_pair, generation);
             }
             Output::Supplied { order, result } => {
                 let node = self.nodes.get_mut(from).unwrap();

@@ -2,7 +2,7 @@
 
 /// Key blocks of one module that may be on their way at a time, as far as its share of key memory
 /// allows.
-const CREDIT_BLOCKS: u32 = 256;
+const CREDIT_BLOCKS: u32 = 4096;
 
 /// Key blocks that may be on their way however long they are, so that two can alternate.
 const CREDIT_BLOCKS_LEAST: u32 = 2;
@@ -109,7 +109,7 @@ mod tests {
     fn short_blocks_get_no_more_credit_than_there_is_and_long_ones_no_less() {
         let mut credit = credit();
         credit.used(32);
-        assert_eq!(credit.limit(), CREDIT_BLOCKS);
+        assert_eq!(credit.limit(), 2048, "the share holds as many of 32 bytes");
         credit.used(256 << 10);
         assert_eq!(credit.limit(), CREDIT_BLOCKS_LEAST);
     }
