@@ -16,6 +16,7 @@ mod support;
 use std::{
     hint::black_box,
     io::{self, BufRead, BufReader, Read, Write},
+    num::NonZeroU64,
     os::fd::{AsFd, AsRawFd},
     path::Path,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -204,8 +205,9 @@ fn write_ring(count: usize, memory: &Path) {
     let greeting = Greeting {
         generation: GENERATION,
         last_durable: None,
+        session: 0,
     };
-    let mut producer = Producer::attach(memory.as_fd(), &greeting).unwrap();
+    let mut producer = Producer::attach(memory.as_fd(), &greeting, NonZeroU64::MIN).unwrap();
     let _output = wait_for_go();
     for number in 0..count {
         let header = BlockHeader {

@@ -27,6 +27,10 @@
 #define MAX_KEY_BYTES 512u
 #define BEAT_MS 100
 
+/* Drawn when the module begins to number its blocks anew, and kept beside the numbers from then on. This
+ * program always makes the same blocks under the same numbers. */
+#define SESSION 0x51u
+
 struct kept_block {
 	struct qkd_block head;
 	uint8_t key[MAX_KEY_BYTES];
@@ -39,7 +43,6 @@ struct connection {
 	void *memory;
 	size_t bytes;
 	struct qkd_ring_producer ring;
-	uint64_t last_durable;
 };
 
 static struct kept_block kept[KEPT]; /* block n is kept[n % KEPT], for first <= n < made */
@@ -118,8 +121,7 @@ static int take_ring(struct connection *c)
 		c->memory = NULL;
 		return -1;
 	}
-	c->last_durable = greeting.last_durable;
-	return qkd_ring_attach(&c->ring, c->memory, c->bytes, &greeting);
+	return qkd_ring_attach(&c->ring, c->memory, c->bytes, &greeting, SESSION);
 }
 
 static int connect_to(const char *path, struct connection *c)
@@ -162,8 +164,11 @@ static int serve(struct connection *c, uint64_t blocks)
 	uint64_t next, dropped = 0, beat_at = 0;
 
 	/* The rule of resending: begin with the first block above the last durable one. */
-	forget(c->last_durable);
+	forget(qkd_ring_resume_after(&c->ring));
 	next = first;
+	/* The bridge learns of the session. */
+	if (!wrote(c, QKD_RING_WRITTEN_WAKE))
+		return 0;
 	if (!wrote(c, qkd_ring_write_status(&c->ring, status, sizeof status - 1)))
 		return 0;
 	for (;;) {

@@ -3,6 +3,7 @@
 use std::{
     io::IoSliceMut,
     mem::MaybeUninit,
+    num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     path::Path,
     time::{Duration, Instant},
@@ -66,8 +67,12 @@ impl Module {
         }
         let greeting = Greeting::decode(&bytes[..received]).map_err(std::io::Error::other)?;
         let [memory, wakeup] = <[OwnedFd; 2]>::try_from(descriptors).expect("two descriptors");
+        let producer = Producer::attach(memory.as_fd(), &greeting, NonZeroU64::MIN);
+        let producer = producer.map_err(std::io::Error::other)?;
+        // The consumer hears of the session.
+        rustix::io::write(&wakeup, &1_u64.to_ne_bytes())?;
         Ok(Self {
-            producer: Producer::attach(memory.as_fd(), &greeting).map_err(std::io::Error::other)?,
+            producer,
             wakeup,
             _socket: socket,
             next: 0,

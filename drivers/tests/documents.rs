@@ -10,7 +10,7 @@ use std::{
     process::{Child, Command, Output},
 };
 
-use common::event;
+use common::{event, producer::SESSION};
 use qkd_drivers::{
     DirectoryConfig, DriverConfig, Event, KeySource, SerialConfig, Settlement, SharedMemoryConfig,
 };
@@ -316,11 +316,12 @@ fn the_ring_dumps_are_what_both_sides_write() {
     let greeting = Greeting {
         generation: 7,
         last_durable: Some(4095),
+        session: SESSION.get(),
     };
     assert_eq!(shown("greeting"), hex(&greeting.encode()));
 
     let (_consumer, memory) = Consumer::create(1 << 16, 7, 1).unwrap();
-    let mut producer = Producer::attach(memory.as_fd(), &greeting).unwrap();
+    let mut producer = Producer::attach(memory.as_fd(), &greeting, SESSION).unwrap();
     producer.write_block(&SHOWN, SHOWN_KEY).unwrap();
     let status = Status {
         state: Some(ModuleState::Running),

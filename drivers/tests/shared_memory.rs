@@ -1,105 +1,23 @@
-//! The shared-memory driver over its real socket and ring, with producers of every character.
+//! The shared-memory driver over its real socket and ring.
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    os::unix::process::CommandExt,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::{num::NonZeroU64, time::Duration};
 
-use common::{assert_quiet, device::block, event, key, producer::Connected, wakes_while_idle};
+use common::{
+    assert_quiet,
+    device::block,
+    event, key,
+    place::{Place, assert_leaves_no_key, expect_blocks, settle},
+    producer::Connected,
+    wakes_while_idle,
+};
 use qkd_drivers::{
-    Alarm, AlarmCode, Band, CorruptReason, DetachReason, DriverConfig, Event, KeySource, Metric,
-    ModuleState, OpenError, Settlement, Severity, SharedMemoryConfig, Value, next_event,
+    Band, CorruptReason, DetachReason, DriverConfig, Event, Metric, OpenError, Settlement,
+    SharedMemoryConfig, Value,
 };
-use qkd_handover::{
-    block::BlockHeader,
-    ring::{RingFault, WriteError},
-    status::Status,
-};
-use tempfile::TempDir;
+use qkd_handover::{block::BlockHeader, ring::WriteError, status::Status};
 
 mod common;
-
-const WRITE_POSITION: u64 = 0x080;
-const DATA: u64 = 4096;
-
-struct Place(TempDir);
-
-impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self) -> PathBuf {
-        self.0.path().join("tx-1.sock")
-    }
-
-    fn config(&self) -> SharedMemoryConfig {
-        SharedMemoryConfig {
-            capacity_bytes: 1 << 16,
-            module: Some("tx-1".parse().unwrap()),
-            matching_module: Some("rx-1".parse().unwrap()),
-            ..SharedMemoryConfig::new(self.path())
-        }
-    }
-
-    fn open(&self) -> Box<dyn KeySource> {
-        DriverConfig::SharedMemory(self.config()).open().unwrap()
-    }
-
-    fn attached(&self) -> Event {
-        Event::Attached {
-            device: self.path().display().to_string(),
-            session: None,
-        }
-    }
-
-    /// Connects a producer while the driver takes it in.
-    async fn connect(&self, source: &mut dyn KeySource) -> Connected {
-        let path = self.path();
-        let producer = tokio::task::spawn_blocking(move || Connected::new(&path).unwrap());
-        assert_eq!(event(source).await.0, self.attached());
-        producer.await.unwrap()
-    }
-}
-
-async fn expect_blocks(source: &mut dyn KeySource, numbers: std::ops::Range<u64>) {
-    for number in numbers {
-        let (got, bytes) = key(source).await;
-        let (header, want) = block(number);
-        assert_eq!(got.metadata.qkd_key_id.as_str(), number.to_string());
-        assert_eq!((got.key_bits, bytes), (header.key_bits, want));
-    }
-}
-
-fn settle(source: &mut dyn KeySource, number: u64, outcome: Settlement) {
-    source.settle(&number.to_string().parse().unwrap(), outcome);
-}
-
-/// Has `source` read what there is, which is no key that it delivers.
-async fn assert_leaves_no_key(source: &mut dyn KeySource) {
-    let mut out = vec![0; source.max_block_bytes()];
-    let next = next_event(source, &mut out);
-    let none = tokio::time::timeout(Duration::from_millis(50), next).await;
-    assert!(none.is_err(), "{none:?}");
-    assert!(out.iter().all(|&byte| byte == 0), "key was left behind");
-}
-
-async fn expect_broken(source: &mut dyn KeySource) -> RingFault {
-    let (corrupt, _) = event(source).await;
-    let Event::Corrupt {
-        id: None,
-        reason: CorruptReason::Ring(fault),
-    } = corrupt
-    else {
-        panic!("a corrupt ring was expected, not {corrupt:?}");
-    };
-    let reason = DetachReason::BrokeRules;
-    assert_eq!(event(source).await.0, Event::Detached { reason });
-    fault
-}
 
 #[tokio::test]
 async fn blocks_come_with_their_metadata_and_are_durable_once_they_are_settled() {
@@ -214,138 +132,39 @@ async fn a_producer_that_comes_again_is_told_what_is_durable_and_nothing_comes_t
 }
 
 #[tokio::test]
-async fn a_block_that_is_durable_or_out_of_order_is_never_delivered() {
+async fn a_device_that_numbers_anew_is_another_session_and_loses_nothing() {
     let place = Place::new();
     let mut source = place.open();
     source.grant(100);
     let mut producer = place.connect(&mut *source).await;
-    for number in [3, 3, 2, 4] {
+    for number in 0..90 {
         producer.send(number).unwrap();
     }
-    expect_blocks(&mut *source, 3..4).await;
-    for number in [3, 2] {
-        let reason = CorruptReason::Disordered { number, after: 3 };
-        let id = number.to_string().parse().ok();
-        assert_eq!(event(&mut *source).await.0, Event::Corrupt { id, reason });
-    }
-    expect_blocks(&mut *source, 4..5).await;
-    settle(&mut *source, 3, Settlement::Stored);
-    settle(&mut *source, 4, Settlement::Stored);
+    expect_blocks(&mut *source, 0..90).await;
+    (0..80).for_each(|number| settle(&mut *source, number, Settlement::Stored));
+    assert_eq!(producer.producer.durable(), Some(79));
     drop(producer);
     event(&mut *source).await;
-    let mut producer = place.connect(&mut *source).await;
-    producer.send(4).unwrap();
-    let (number, durable) = (4, 4);
-    let reason = CorruptReason::Durable { number, durable };
-    let id = "4".parse().ok();
-    assert_eq!(event(&mut *source).await.0, Event::Corrupt { id, reason });
-}
 
-#[tokio::test]
-async fn a_hostile_length_ends_the_ring_and_the_next_one_is_good() {
-    let place = Place::new();
-    let mut source = place.open();
-    let producer = {
-        let mut producer = place.connect(&mut *source).await;
-        producer.send(1).unwrap();
-        producer.poke(DATA, &u32::MAX.to_le_bytes());
-        producer
+    // The same numbers, and other bits.
+    let (path, anew) = (place.path(), NonZeroU64::new(0x52).unwrap());
+    let connecting =
+        tokio::task::spawn_blocking(move || Connected::in_session(&path, anew).unwrap());
+    let Event::Attached { session, .. } = event(&mut *source).await.0 else {
+        panic!("the device is attached");
     };
-    source.grant(10);
-    let fault = expect_broken(&mut *source).await;
-    assert!(matches!(
-        fault,
-        RingFault::Length {
-            seq: 0,
-            len: u32::MAX
-        }
-    ));
-    let generation = producer.greeting.generation;
-    let mut producer = place.connect(&mut *source).await;
-    assert_eq!(producer.greeting.generation, generation + 1);
-    producer.send(1).unwrap();
-    expect_blocks(&mut *source, 1..2).await;
-}
-
-#[tokio::test]
-async fn a_write_position_that_goes_back_or_jumps_ends_the_ring() {
-    for position in [0_u64, 1 << 20, u64::MAX] {
-        let place = Place::new();
-        let mut source = place.open();
-        source.grant(10);
-        let mut producer = place.connect(&mut *source).await;
-        producer.send(1).unwrap();
-        expect_blocks(&mut *source, 1..2).await;
-        assert_quiet(&mut *source, Duration::from_millis(10)).await;
-        producer.poke(WRITE_POSITION, &position.to_le_bytes());
-        producer.wake_if(true);
-        let fault = expect_broken(&mut *source).await;
-        assert!(
-            matches!(fault, RingFault::WritePosition { write_pos, .. } if write_pos == position)
-        );
+    assert_eq!(session, Some(0x52));
+    let mut producer = connecting.await.unwrap();
+    assert_eq!(producer.greeting.durable_in(anew), None);
+    for number in 0..10 {
+        producer.send(number).unwrap();
     }
-}
-
-#[tokio::test]
-async fn the_memory_cannot_be_made_smaller() {
-    let place = Place::new();
-    let mut source = place.open();
-    source.grant(10);
-    let mut producer = place.connect(&mut *source).await;
-    let error = producer.memory.set_len(0).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
-    producer.send(1).unwrap();
-    expect_blocks(&mut *source, 1..2).await;
-}
-
-#[tokio::test]
-async fn an_eventfd_that_was_made_blocking_does_not_block_the_driver() {
-    let place = Place::new();
-    let mut source = place.open();
-    source.grant(10);
-    let mut producer = place.connect(&mut *source).await;
-    rustix::io::ioctl_fionbio(&producer.wakeup, false).unwrap();
-    assert_quiet(&mut *source, Duration::from_millis(10)).await;
-    producer.wake_if(true);
-    let mut counter = [0; 8];
-    rustix::io::read(&producer.wakeup, &mut counter).unwrap();
-    assert_quiet(&mut *source, Duration::from_millis(10)).await;
-    producer.send(1).unwrap();
-    expect_blocks(&mut *source, 1..2).await;
-}
-
-#[tokio::test]
-async fn a_producer_that_speaks_on_the_socket_is_let_go() {
-    let place = Place::new();
-    let mut source = place.open();
-    source.grant(1);
-    let producer = place.connect(&mut *source).await;
-    rustix::io::write(&producer.socket, b"hello").unwrap();
-    let reason = DetachReason::Closed;
-    assert_eq!(event(&mut *source).await.0, Event::Detached { reason });
-}
-
-#[tokio::test]
-async fn a_producer_whose_heart_stops_is_let_go() {
-    let place = Place::new();
-    let config = SharedMemoryConfig {
-        heartbeat_timeout_ms: 80,
-        ..place.config()
-    };
-    let mut source = DriverConfig::SharedMemory(config).open().unwrap();
-    let mut producer = place.connect(&mut *source).await;
-    for beat in 1..8 {
-        producer.producer.beat(beat, Some(ModuleState::Running), 0);
-        let quiet = tokio::time::sleep(Duration::from_millis(20));
-        tokio::select! {
-            () = quiet => {}
-            (state, _) = event(&mut *source) => {
-                assert_eq!(state, Event::State(ModuleState::Running));
-            }
-        }
-    }
-    let reason = DetachReason::Silent;
-    assert_eq!(event(&mut *source).await.0, Event::Detached { reason });
+    expect_blocks(&mut *source, 0..10).await;
+    // What is settled of the session before is no block of this one.
+    (80..90).for_each(|number| settle(&mut *source, number, Settlement::Stored));
+    assert_eq!(producer.producer.durable(), None);
+    (0..10).for_each(|number| settle(&mut *source, number, Settlement::Stored));
+    assert_eq!(producer.producer.durable(), Some(9));
 }
 
 #[tokio::test]
@@ -476,61 +295,6 @@ async fn what_cannot_be_opened_is_named_with_what_to_do() {
     assert_eq!(std::fs::read(place.path()).unwrap(), b"a file of somebody");
 }
 
-#[tokio::test]
-async fn what_a_killed_process_had_written_is_delivered_and_no_more() {
-    let place = Place::new();
-    let mut source = place.open();
-    source.grant(100);
-    let mut child = producer_process(&place.path()).spawn().unwrap();
-    assert_eq!(event(&mut *source).await.0, place.attached());
-    expect_blocks(&mut *source, 0..1).await;
-    // It writes nine more and waits for its end.
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    child.kill().unwrap();
-    child.wait().unwrap();
-    expect_blocks(&mut *source, 1..10).await;
-    let reason = DetachReason::Closed;
-    assert_eq!(event(&mut *source).await.0, Event::Detached { reason });
-    // The next process goes on.
-    settle(&mut *source, 0, Settlement::Stored);
-    let mut child = producer_process(&place.path()).spawn().unwrap();
-    assert_eq!(event(&mut *source).await.0, place.attached());
-    expect_blocks(&mut *source, 10..11).await;
-    child.kill().unwrap();
-    child.wait().unwrap();
-}
-
-#[tokio::test]
-async fn a_stranger_is_turned_away() {
-    if !nix::unistd::geteuid().is_root() {
-        return; // only root can act for two users
-    }
-    let place = Place::new();
-    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(place.0.path(), open).unwrap();
-    let config = SharedMemoryConfig {
-        peer_uids: vec![12345],
-        ..place.config()
-    };
-    let mut source = DriverConfig::SharedMemory(config).open().unwrap();
-    source.grant(10);
-    for uid in [12346, 12345] {
-        let Ok(mut child) = producer_process(&place.path()).uid(uid).spawn() else {
-            return; // this test's program is not for everybody
-        };
-        let expected = match uid {
-            12345 => place.attached(),
-            _ => Event::Alarm(Alarm {
-                code: AlarmCode::StrangerConnected { uid },
-                severity: Severity::Security,
-            }),
-        };
-        assert_eq!(event(&mut *source).await.0, expected);
-        let _ = child.kill();
-        child.wait().unwrap();
-    }
-}
-
 #[test]
 fn the_documented_configuration_is_read() {
     let text = r#"
@@ -560,34 +324,4 @@ fn the_documented_configuration_is_read() {
     );
     let wrong = "kind = \"shared-memory\"\nsocket = \"/x\"\ncapacity = 1";
     assert!(toml::from_str::<DriverConfig>(wrong).is_err());
-}
-
-const SOCKET_VARIABLE: &str = "RING_PRODUCER_SOCKET";
-
-/// This program once more, as a producer.
-fn producer_process(socket: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--exact", "a_producer_process", "--nocapture"])
-        .env(SOCKET_VARIABLE, socket)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    command
-}
-
-/// Only in a child of another test: sends ten blocks beyond what is durable, and waits to be killed.
-#[test]
-fn a_producer_process() {
-    let Some(socket) = std::env::var_os(SOCKET_VARIABLE) else {
-        return;
-    };
-    let mut producer = Connected::new(Path::new(&socket)).unwrap();
-    let first = producer
-        .greeting
-        .last_durable
-        .map_or(0, |number| number + 1);
-    for number in first..first + 10 {
-        producer.send(number).unwrap();
-    }
-    std::thread::sleep(Duration::from_secs(60));
 }

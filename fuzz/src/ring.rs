@@ -9,6 +9,7 @@
 use std::{
     collections::VecDeque,
     fs::File,
+    num::NonZeroU64,
     os::{fd::AsFd, unix::fs::FileExt},
 };
 
@@ -33,8 +34,9 @@ pub fn run(input: &[u8]) {
     let greeting = Greeting {
         generation: GENERATION,
         last_durable: None,
+        session: 0,
     };
-    let producer = Producer::attach(fd.as_fd(), &greeting).unwrap();
+    let producer = Producer::attach(fd.as_fd(), &greeting, NonZeroU64::MIN).unwrap();
     let mut ring = Ring {
         consumer: Some(consumer),
         producer,

@@ -1,6 +1,7 @@
 //! The blocks of one half, in order and at their pace.
 
 use std::{
+    num::NonZeroU64,
     sync::atomic::AtomicBool,
     time::{Duration, Instant, SystemTime},
 };
@@ -129,6 +130,12 @@ impl<'a> Feed<'a> {
             });
             self.noted_events += 1;
         }
+    }
+
+    /// The numbering that the module is in.
+    pub(crate) fn session(&self) -> NonZeroU64 {
+        self.script
+            .session(self.newest.map_or(0, |newest| newest.generation))
     }
 
     /// Goes back, or ahead, to the first block above the one that is durable, within the numbering that

@@ -1,5 +1,7 @@
 //! Two halves that make the same bits.
 
+use std::num::NonZeroU64;
+
 use aws_lc_rs::{
     cipher::{AES_256, DecryptingKey, DecryptionContext, UnboundCipherKey},
     iv::FixedLength,
@@ -211,6 +213,14 @@ pub(crate) fn key_stream(
         .expect("counter mode takes any length");
 }
 
+/// The numbering of a module's blocks: the same in every run that makes the same ones.
+pub(crate) fn session(generator: &DecryptingKey, generation: u32) -> NonZeroU64 {
+    let mut bytes = [0; 8];
+    // A number that no block has.
+    key_stream(generator, u64::MAX, generation, 0, &mut bytes);
+    NonZeroU64::new(u64::from_le_bytes(bytes)).unwrap_or(NonZeroU64::MIN)
+}
+
 impl Half {
     /// What it was made from.
     #[must_use]
@@ -222,6 +232,10 @@ impl Half {
     #[must_use]
     pub fn role(&self) -> Role {
         self.role
+    }
+
+    pub(crate) fn session(&self, generation: u32) -> NonZeroU64 {
+        session(&self.generator, generation)
     }
 
     /// What goes wrong with this block, the same at both halves.

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeSet, VecDeque},
     io::{self, IoSliceMut},
     mem::MaybeUninit,
+    num::NonZeroU64,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
@@ -110,10 +111,12 @@ pub(crate) fn run(
         silent_until: None,
     };
     while !is_stopped(stop) {
-        let attached = attach(&config.socket, stop).map_err(|source| RingError::Connect {
-            socket: config.socket.clone(),
-            source,
-        })?;
+        let session = module.feed.session();
+        let attached =
+            attach(&config.socket, session, stop).map_err(|source| RingError::Connect {
+                socket: config.socket.clone(),
+                source,
+            })?;
         let Some((greeting, ring)) = attached else {
             feed::sleep(RECONNECT_AFTER, stop);
             continue;
@@ -163,12 +166,13 @@ impl Module<'_> {
         mut ring: Ring,
         stop: &AtomicBool,
     ) -> Result<bool, RingError> {
-        self.settle(greeting.last_durable);
+        let durable = greeting.durable_in(self.feed.session());
+        self.settle(durable);
         self.unsettled.clear();
         self.held = None;
         // It comes again.
         self.waiting = None;
-        self.feed.seek_after(greeting.last_durable);
+        self.feed.seek_after(durable);
         // What the last ring was told of is told.
         self.dropped_blocks = 0;
         let (mut beats, mut beat_at, mut has_ended) = (0, Instant::now(), false);
@@ -370,7 +374,11 @@ impl Ring {
 }
 
 /// Connects and takes the ring; `None` if there is no bridge, or none that speaks our language.
-fn attach(path: &Path, stop: &AtomicBool) -> io::Result<Option<(Greeting, Ring)>> {
+fn attach(
+    path: &Path,
+    session: NonZeroU64,
+    stop: &AtomicBool,
+) -> io::Result<Option<(Greeting, Ring)>> {
     let kind = SocketType::SEQPACKET;
     let socket = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
     match connect(&socket, &SocketAddrUnix::new(path)?) {
@@ -388,15 +396,19 @@ fn attach(path: &Path, stop: &AtomicBool) -> io::Result<Option<(Greeting, Ring)>
         tracing::debug!("the bridge closed the connection, or sent something else than a greeting");
         return Ok(None);
     };
-    match Producer::attach(ring.as_fd(), &greeting) {
-        Ok(producer) => Ok(Some((
-            greeting,
-            Ring {
-                producer,
-                socket,
-                wakeup,
-            },
-        ))),
+    match Producer::attach(ring.as_fd(), &greeting, session) {
+        Ok(producer) => {
+            // The bridge hears of the session; one that is gone already is noticed later.
+            let _ = rustix::io::write(&wakeup, &1_u64.to_ne_bytes());
+            Ok(Some((
+                greeting,
+                Ring {
+                    producer,
+                    socket,
+                    wakeup,
+                },
+            )))
+        }
         Err(error) => {
             tracing::warn!(%error, "the bridge sent a ring that cannot be used");
             Ok(None)

@@ -1,5 +1,7 @@
 //! What a half plays: a module pair's own story, or a trace.
 
+use std::num::NonZeroU64;
+
 use qkd_handover::status::Status;
 
 use crate::{
@@ -18,6 +20,9 @@ pub(crate) trait Script: Send {
 
     /// On to this number, if that takes no counting.
     fn skip_to(&mut self, _number: u64) {}
+
+    /// Names the numbering of this generation.
+    fn session(&self, generation: u32) -> NonZeroU64;
 
     /// The block; `None` if this half does not deliver it.
     fn make(&self, moment: &Moment) -> Option<Block>;
@@ -57,6 +62,10 @@ impl Script for HalfScript {
 
     fn rewind(&mut self) {
         self.timeline.rewind();
+    }
+
+    fn session(&self, generation: u32) -> NonZeroU64 {
+        self.half.session(generation)
     }
 
     fn skip_to(&mut self, number: u64) {

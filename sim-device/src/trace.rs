@@ -27,6 +27,7 @@
 //! keys for equal numbers, so that two ends can be played.
 
 use std::io::{self, BufRead, Write};
+use std::num::NonZeroU64;
 
 use aws_lc_rs::cipher::DecryptingKey;
 use qkd_handover::{
@@ -41,7 +42,7 @@ use crate::{
     config::Seed,
     dynamics::{EventConfig, Moment},
     faults::{Fault, WireFault},
-    pair::{Block, Role, bias, generator, key_stream, mask_unused},
+    pair::{self, Block, Role, bias, generator, key_stream, mask_unused},
     script::Script,
 };
 
@@ -498,6 +499,10 @@ impl Reader {
 }
 
 impl Script for TraceScript {
+    fn session(&self, generation: u32) -> NonZeroU64 {
+        pair::session(&self.generator, generation)
+    }
+
     fn next(&mut self) -> Option<Moment> {
         let (moment, _) = self.moments.get(self.next)?;
         self.next += 1;

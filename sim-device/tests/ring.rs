@@ -46,6 +46,8 @@ struct Host {
     wakeup: OwnedFd,
     /// Numbers and keys, as durable storage would hold them.
     durable: Vec<(u64, Vec<u8>)>,
+    /// The device's, once it has said it.
+    session: u64,
     saw_status: bool,
     slept: u32,
 }
@@ -61,6 +63,7 @@ impl Host {
             listener,
             wakeup: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap(),
             durable: Vec::new(),
+            session: 0,
             saw_status: false,
             slept: 0,
         }
@@ -72,6 +75,7 @@ impl Host {
         let greeting = Greeting {
             generation,
             last_durable: self.durable.last().map(|(number, _)| *number),
+            session: self.session,
         };
         let fds = [memory.as_fd(), self.wakeup.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
@@ -119,6 +123,13 @@ impl Host {
                 None => {}
             }
         }
+        let session = consumer.session().unwrap().unwrap();
+        assert!(
+            [0, session.get()].contains(&self.session),
+            "it numbers anew"
+        );
+        self.session = session.get();
+        consumer.begin_session(session, self.durable.last().map(|(number, _)| *number));
         taken.truncate(taken.len() - forget);
         self.durable.append(&mut taken);
     }

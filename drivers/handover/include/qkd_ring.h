@@ -5,11 +5,13 @@
  * How it goes
  *
  *   1. Connect to the bridge's Unix socket (SOCK_SEQPACKET). The bridge checks the user.
- *   2. Receive one message: 32 bytes (struct qkd_greeting) with two descriptors (SCM_RIGHTS), first
+ *   2. Receive one message: 40 bytes (struct qkd_greeting) with two descriptors (SCM_RIGHTS), first
  *      the sealed memfd of the ring, then the eventfd that wakes the bridge. Send nothing.
- *   3. Map the memfd (its whole size, shared, read-write) and call qkd_ring_attach().
- *   4. Write blocks in ascending order of number, beginning with the first one above the greeting's
- *      last_durable. When a write returns QKD_RING_WRITTEN_WAKE, write the 8-byte integer 1 to the
+ *   3. Map the memfd (its whole size, shared, read-write), call qkd_ring_attach() with your session,
+ *      and write the 8-byte integer 1 to the eventfd. The session is a number that the module draws
+ *      when it begins to number its blocks anew, and keeps until it does so again; never 0.
+ *   4. Write blocks in ascending order of number, beginning with the first one above
+ *      qkd_ring_resume_after(). When a write returns QKD_RING_WRITTEN_WAKE, write the 8-byte integer 1 to the
  *      eventfd. When it returns QKD_RING_FULL, try again later.
  *   5. Forget a block only when qkd_ring_durable(), or the greeting of a later connection, names it
  *      or a later one. That the bridge has read a block is not enough.
@@ -46,6 +48,7 @@ struct qkd_greeting {
 	uint32_t reserved; /* 0 */
 	uint64_t generation; /* equal to that in the ring's header */
 	uint64_t last_durable; /* highest durable block number, or QKD_RING_NO_NUMBER */
+	uint64_t session; /* that last_durable belongs to, or 0 */
 };
 
 /* The first page of the memory. The bridge writes it, except for the producer's line. */
@@ -64,13 +67,17 @@ struct qkd_ring_header {
 	_Atomic uint32_t state; /* 0x090 enum qkd_ring_state */
 	uint32_t reserved0; /* 0x094 0 */
 	_Atomic uint64_t dropped; /* 0x098 blocks dropped for want of room */
-	uint8_t pad1[0x60];
+	_Atomic uint64_t session; /* 0x0a0 the numbering that the blocks belong to, never 0 */
+	uint8_t pad1[0x58];
 
 	/* The consumer's line. */
 	_Atomic uint64_t read_pos; /* 0x100 bytes read since the ring began; never wraps */
-	_Atomic uint32_t need_wakeup; /* 0x108 not 0 while the bridge sleeps, or is about to */
-	uint32_t reserved1; /* 0x10c 0 */
+	uint64_t reserved1; /* 0x108 0 */
 	_Atomic uint64_t durable; /* 0x110 highest durable block number, or QKD_RING_NO_NUMBER */
+	_Atomic uint64_t durable_session; /* 0x118 the session that it belongs to, or 0 */
+	uint8_t pad2[0x60];
+
+	_Atomic uint32_t need_wakeup; /* 0x180 not 0 while the bridge sleeps, or is about to */
 };
 
 enum qkd_ring_state {
@@ -107,10 +114,12 @@ struct qkd_block {
 	uint32_t qber_ppm; /* 0 to 1000000, or QKD_RING_QBER_UNKNOWN */
 };
 
-_Static_assert(sizeof(struct qkd_greeting) == 32, "greeting");
+_Static_assert(sizeof(struct qkd_greeting) == 40, "greeting");
 _Static_assert(offsetof(struct qkd_ring_header, write_pos) == 0x080, "producer's line");
 _Static_assert(offsetof(struct qkd_ring_header, read_pos) == 0x100, "consumer's line");
+_Static_assert(offsetof(struct qkd_ring_header, session) == 0x0a0, "producer's line");
 _Static_assert(offsetof(struct qkd_ring_header, durable) == 0x110, "consumer's line");
+_Static_assert(offsetof(struct qkd_ring_header, need_wakeup) == 0x180, "a line of its own");
 _Static_assert(sizeof(struct qkd_ring_record) == 32, "record");
 _Static_assert(sizeof(struct qkd_block) == 24, "block");
 _Static_assert(sizeof(_Atomic uint64_t) == 8 && sizeof(_Atomic uint32_t) == 4, "plain atomics");
@@ -121,8 +130,10 @@ struct qkd_ring_producer {
 	uint8_t *data;
 	uint64_t capacity;
 	uint64_t generation;
+	uint64_t session;
 	uint64_t write_pos;
 	uint64_t seq;
+	uint64_t resume_after;
 };
 
 enum qkd_ring_result {
@@ -133,14 +144,14 @@ enum qkd_ring_result {
 	QKD_RING_BROKEN = -3 /* nothing written; close the connection */
 };
 
-/* Begins to write to the memory mapped at `memory`, `bytes` long. 0, or QKD_RING_BROKEN if it is
- * not the ring of this greeting. */
+/* Begins to write to the memory mapped at `memory`, `bytes` long, blocks that are numbered in `session`.
+ * 0, or QKD_RING_BROKEN if it is not the ring of this greeting. Wake the bridge after this. */
 static inline int qkd_ring_attach(struct qkd_ring_producer *p, void *memory, size_t bytes,
-				  const struct qkd_greeting *greeting)
+				  const struct qkd_greeting *greeting, uint64_t session)
 {
 	struct qkd_ring_header *header = memory;
 
-	if (memcmp(greeting->magic, "QKDGREET", 8) != 0 || greeting->version != QKD_RING_VERSION)
+	if (session == 0 || memcmp(greeting->magic, "QKDGREET", 8) != 0 || greeting->version != QKD_RING_VERSION)
 		return QKD_RING_BROKEN;
 	if (bytes <= QKD_RING_HEADER_BYTES || memcmp(header->magic, "QKDRING1", 8) != 0 ||
 	    header->version != QKD_RING_VERSION || header->header_bytes != QKD_RING_HEADER_BYTES ||
@@ -152,8 +163,12 @@ static inline int qkd_ring_attach(struct qkd_ring_producer *p, void *memory, siz
 	p->data = (uint8_t *)memory + QKD_RING_HEADER_BYTES;
 	p->capacity = header->capacity;
 	p->generation = greeting->generation;
+	p->session = session;
 	p->write_pos = 0;
 	p->seq = 0;
+	p->resume_after = greeting->session == session ? greeting->last_durable : QKD_RING_NO_NUMBER;
+	/* Before the first record, which publishes it. */
+	atomic_store_explicit(&header->session, session, memory_order_relaxed);
 	return 0;
 }
 
@@ -256,10 +271,20 @@ static inline void qkd_ring_beat(struct qkd_ring_producer *p, uint64_t monotonic
 	atomic_store_explicit(&p->header->dropped, dropped_blocks, memory_order_relaxed);
 }
 
-/* Highest block number that the bridge holds durably, or QKD_RING_NO_NUMBER. */
+/* Highest block number of this session that the bridge holds durably, or QKD_RING_NO_NUMBER. */
 static inline uint64_t qkd_ring_durable(const struct qkd_ring_producer *p)
 {
+	/* Acquire: a number that was left from the session before is not seen after this. */
+	if (atomic_load_explicit(&p->header->durable_session, memory_order_acquire) != p->session)
+		return QKD_RING_NO_NUMBER;
 	return atomic_load_explicit(&p->header->durable, memory_order_relaxed);
+}
+
+/* Number of the last block of this session that need not be sent again, or QKD_RING_NO_NUMBER if all
+ * that are kept have to be. */
+static inline uint64_t qkd_ring_resume_after(const struct qkd_ring_producer *p)
+{
+	return p->resume_after;
 }
 
 #endif

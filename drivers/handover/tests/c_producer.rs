@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
+    num::NonZeroU64,
     path::Path,
     process::{Child, Command},
     time::{Duration, Instant},
@@ -15,6 +16,8 @@ use qkd_handover::{
 use qkd_keyfile::UnixTime;
 
 const BLOCKS: u64 = 2000;
+
+const SESSION: NonZeroU64 = NonZeroU64::new(0x5e55).unwrap();
 
 /// Builds the C producer; `None` on a machine without a C compiler.
 fn build(directory: &Path) -> Option<std::path::PathBuf> {
@@ -55,6 +58,7 @@ fn a_producer_in_c_is_understood() {
     let greeting = Greeting {
         generation: 7,
         last_durable: None,
+        session: 0,
     };
     let text: String = (greeting.encode().iter())
         .map(|byte| format!("{byte:02x}"))
@@ -66,10 +70,12 @@ fn a_producer_in_c_is_understood() {
         .unwrap();
 
     let mut key = [0; 512];
+    consumer.begin_session(SESSION, None);
     let Record::Status(status) = next(&mut consumer, &mut key, &mut child) else {
         panic!("a status comes first");
     };
     assert_eq!(status.state, Some(ModuleState::Running));
+    assert_eq!(consumer.session(), Ok(Some(SESSION)));
     assert_eq!(consumer.producer_status().heartbeat_ns, 42);
     for number in 0..BLOCKS {
         let key_bytes = number % 400;

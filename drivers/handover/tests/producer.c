@@ -38,7 +38,7 @@ int main(int argc, char **argv)
 	memory = mmap(NULL, (size_t)file.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, 0, 0);
 	if (memory == MAP_FAILED)
 		return 5;
-	if (qkd_ring_attach(&producer, memory, (size_t)file.st_size, &greeting) != 0)
+	if (qkd_ring_attach(&producer, memory, (size_t)file.st_size, &greeting, 0x5e55) != 0)
 		return 6;
 	qkd_ring_beat(&producer, 42, QKD_RING_STATE_RUNNING, 0);
 	if (qkd_ring_write_status(&producer, "state=running\n", 14) < 0)

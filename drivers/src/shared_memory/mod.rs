@@ -193,6 +193,7 @@ impl SharedMemorySource {
             let greeting = Greeting {
                 generation: consumer.generation(),
                 last_durable: self.numbers.durable,
+                session: self.numbers.session(),
             };
             let connection = Connection::greet(socket, &greeting.encode(), &memory)
                 .map_err(|error| error.kind())?;
@@ -202,10 +203,6 @@ impl SharedMemorySource {
             Ok(ring) => {
                 self.numbers.begin_ring();
                 self.ring = Some(ring);
-                self.events.push_back(Event::Attached {
-                    device: self.config.socket.display().to_string(),
-                    session: None,
-                });
             }
             Err(error) => {
                 self.events.push_back(Event::Detached {
@@ -255,6 +252,10 @@ impl SharedMemorySource {
         let out = &mut out[..bytes_for_bits(self.config.max_block_bits)];
         let mut records = 0;
         while let Some(ring) = &mut self.ring {
+            if !ring.attached {
+                ready!(self.poll_session(cx));
+                break;
+            }
             if self.credit_blocks == 0 && !ring.closed {
                 return Poll::Pending;
             }
@@ -295,6 +296,33 @@ impl SharedMemorySource {
             }
         }
         Poll::Ready(None)
+    }
+
+    /// Waits until the producer has said in which session it numbers its blocks. Ready when there is
+    /// an event.
+    fn poll_session(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(ring) = &mut self.ring {
+            match ring.consumer.session() {
+                Ok(Some(session)) => {
+                    self.numbers.begin_session(session);
+                    ring.attached = true;
+                    ring.consumer.begin_session(session, self.numbers.durable);
+                    self.events.push_back(Event::Attached {
+                        device: self.config.socket.display().to_string(),
+                        session: Some(session.get()),
+                    });
+                    break;
+                }
+                Ok(None) if ring.closed => self.detach(DetachReason::Closed),
+                Ok(None) => ready!(ring.connection.poll_wakeup(cx)),
+                Err(RingError::Corrupt(fault)) => {
+                    self.tell_corrupt(None, fault);
+                    self.detach(DetachReason::BrokeRules);
+                }
+                Err(_) => self.detach(DetachReason::BrokeRules),
+            }
+        }
+        Poll::Ready(())
     }
 
     /// What a record says; a block's key is in the caller's buffer.
@@ -365,7 +393,8 @@ impl SharedMemorySource {
             return;
         };
         self.numbers.durable = Some(number);
-        if let Some(ring) = &mut self.ring {
+        // A ring whose session is not known is told when it is.
+        if let Some(ring) = self.ring.as_mut().filter(|ring| ring.attached) {
             ring.consumer.set_durable(number);
         }
     }

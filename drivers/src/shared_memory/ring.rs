@@ -16,6 +16,8 @@ use crate::event::Event;
 pub(super) struct Ring {
     pub(super) consumer: Consumer,
     pub(super) connection: Connection,
+    /// The layer above was told who writes to it.
+    pub(super) attached: bool,
     /// The producer is gone; what it wrote is still read.
     pub(super) closed: bool,
     /// Reads of the empty ring before this task sleeps.
@@ -31,6 +33,7 @@ impl Ring {
         Self {
             consumer,
             connection,
+            attached: false,
             closed: false,
             spins_left: 0,
             heartbeat_ns: 0,

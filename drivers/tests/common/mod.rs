@@ -15,6 +15,7 @@ use std::{
 use qkd_drivers::{Event, KeyBlock, KeySource, next_event};
 
 pub(crate) mod device;
+pub(crate) mod place;
 pub(crate) mod producer;
 
 /// Longer than any event of a test takes, on a slow machine too.

@@ -3,6 +3,7 @@
 use std::{
     io::IoSliceMut,
     mem::MaybeUninit,
+    num::NonZeroU64,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::FileExt,
@@ -19,6 +20,9 @@ use rustix::net::{
     SocketFlags, SocketType, connect, recvmsg, socket_with,
 };
 
+/// What a device numbers its blocks in that has never begun anew.
+pub(crate) const SESSION: NonZeroU64 = NonZeroU64::new(0x51).unwrap();
+
 /// One connection.
 pub(crate) struct Connected {
     pub(crate) producer: Producer,
@@ -31,6 +35,11 @@ pub(crate) struct Connected {
 impl Connected {
     /// Connects and waits for the greeting.
     pub(crate) fn new(path: &Path) -> std::io::Result<Self> {
+        Self::in_session(path, SESSION)
+    }
+
+    /// As [`new`](Self::new), of a device that numbers its blocks in `session`.
+    pub(crate) fn in_session(path: &Path, session: NonZeroU64) -> std::io::Result<Self> {
         let socket = socket_with(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -58,7 +67,8 @@ impl Connected {
         }
         let greeting = Greeting::decode(&bytes[..received.bytes]).expect("a greeting");
         let [memory, wakeup] = <[OwnedFd; 2]>::try_from(descriptors).expect("two descriptors");
-        let producer = Producer::attach(memory.as_fd(), &greeting).expect("a ring");
+        let producer = Producer::attach(memory.as_fd(), &greeting, session).expect("a ring");
+        rustix::io::write(&wakeup, &1_u64.to_ne_bytes())?;
         Ok(Self {
             producer,
             greeting,

@@ -1,6 +1,6 @@
 //! The bridge's half of the ring, which trusts nothing it reads there.
 
-use std::os::fd::OwnedFd;
+use std::{num::NonZeroU64, os::fd::OwnedFd};
 
 use super::{
     KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER, RECORD_ALIGN_BYTES,
@@ -28,6 +28,8 @@ pub struct Consumer {
     /// The producer claimed to be this far.
     write_seen: u64,
     seq: u64,
+    /// The numbering that the producer's blocks belong to, once it has said so.
+    session: Option<NonZeroU64>,
     wants_wakeup: bool,
     fault: Option<RingFault>,
 }
@@ -102,6 +104,14 @@ pub enum RingFault {
         /// The number found.
         got: u64,
         /// The number due.
+        want: u64,
+    },
+    /// Records without a session, or with another one than before in the same ring.
+    #[error("session {got} in a ring of session {want}")]
+    Session {
+        /// The session found.
+        got: u64,
+        /// The one before; 0 if there was none.
         want: u64,
     },
     /// A record of another ring.
@@ -189,6 +199,7 @@ impl Consumer {
             read_pos: 0,
             write_seen: 0,
             seq: 0,
+            session: None,
             wants_wakeup: false,
             fault: None,
         }
@@ -198,6 +209,34 @@ impl Consumer {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// The numbering that the producer's blocks belong to; `None` while it has not said so. From then on
+    /// it does not change.
+    ///
+    /// # Errors
+    ///
+    /// [`ReadError::Corrupt`], latched.
+    pub fn session(&mut self) -> Result<Option<NonZeroU64>, ReadError> {
+        if let Some(fault) = self.fault {
+            return Err(ReadError::Corrupt(fault));
+        }
+        if self.session.is_none() {
+            self.pending_bytes()
+                .inspect_err(|fault| self.fault = Some(*fault))
+                .map_err(ReadError::Corrupt)?;
+        }
+        Ok(self.session)
+    }
+
+    /// From now on durable numbers are those of `session`, where `durable` is the highest; what was
+    /// said of another session does not hold for this one's blocks.
+    pub fn begin_session(&mut self, session: NonZeroU64, durable: Option<u64>) {
+        self.set_durable(durable.unwrap_or(NO_NUMBER));
+        // ORDERING: Release; pairs with the Acquire load in `Producer::durable`.
+        self.memory
+            .word(at::DURABLE_SESSION)
+            .store(session.get(), Ordering::Release);
     }
 
     /// Reads the next record; `None` if there is none. A block's key goes to the front of
@@ -240,7 +279,8 @@ impl Consumer {
         write_pos == self.read_pos && self.fault.is_none()
     }
 
-    /// Tells the producer that every block up to `number` is durable.
+    /// Tells the producer that every block up to `number` is durable, in the session that
+    /// [`begin_session`](Self::begin_session) named last.
     pub fn set_durable(&mut self, number: u64) {
         // ORDERING: Relaxed; the word stands by itself, see `Producer::durable`.
         self.memory
@@ -267,7 +307,7 @@ impl Consumer {
     }
 
     fn read_next(&mut self, key_out: &mut [u8]) -> Result<Option<Record>, ReadError> {
-        let pending_bytes = self.pending_bytes()?;
+        let pending_bytes = self.pending_bytes().map_err(ReadError::Corrupt)?;
         if pending_bytes == 0 {
             return Ok(None);
         }
@@ -300,8 +340,13 @@ impl Consumer {
         }))
     }
 
-    /// How far the producer claims to be ahead, checked against what can be.
-    fn pending_bytes(&mut self) -> Result<u64, ReadError> {
+    /// How far the producer claims to be ahead, checked against what can be. Looks at its words only
+    /// when all that it claimed before is read: they change with every record, and fetching them costs
+    /// as much as a record does.
+    fn pending_bytes(&mut self) -> Result<u64, RingFault> {
+        if self.read_pos != self.write_seen {
+            return Ok(self.write_seen - self.read_pos);
+        }
         // ORDERING: Acquire pairs with the Release store in `Producer::write`: the records before
         // this position are written.
         let write_pos = self.memory.word(at::WRITE_POS).load(Ordering::Acquire);
@@ -310,12 +355,19 @@ impl Consumer {
             && pending <= self.capacity_bytes as u64
             && pending.is_multiple_of(RECORD_ALIGN_BYTES as u64);
         if !possible {
-            return Err(ReadError::Corrupt(RingFault::WritePosition {
+            return Err(RingFault::WritePosition {
                 write_pos,
                 seen: self.write_seen,
                 read_pos: self.read_pos,
-            }));
+            });
         }
+        // ORDERING: Relaxed; written before the first record, and published with it.
+        let got = self.memory.word(at::SESSION).load(Ordering::Relaxed);
+        let want = self.session.map_or(0, NonZeroU64::get);
+        if got != want && want != 0 || got == 0 && pending > 0 {
+            return Err(RingFault::Session { got, want });
+        }
+        self.session = NonZeroU64::new(got);
         self.write_seen = write_pos;
         Ok(pending)
     }

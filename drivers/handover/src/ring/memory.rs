@@ -224,7 +224,7 @@ mod modelled {
         pub(in super::super) fn model(capacity_bytes: usize) -> Self {
             let zeros = |bytes: usize| (0..bytes / 8).map(|_| AtomicU64::new(0)).collect();
             Self {
-                header: zeros(at::DURABLE + 8),
+                header: zeros(at::NEED_WAKEUP + 8),
                 data: zeros(capacity_bytes),
             }
         }

@@ -20,9 +20,11 @@
 //! | 0x088 | u64 heartbeat, ns of the producer's monotonic clock | producer |
 //! | 0x090 | u32 state: 0 unknown, 1 starting, 2 running, 3 fault, 4 stopped; u32 0 | producer |
 //! | 0x098 | u64 blocks that the producer dropped for want of room | producer |
+//! | 0x0a0 | u64 session: drawn by the device when it begins to number anew, never 0 | producer, once |
 //! | 0x100 | u64 read position | consumer |
-//! | 0x108 | u32 need-wakeup, u32 0 | consumer |
 //! | 0x110 | u64 highest block number that is durable; 2^64 - 1 if none is | consumer |
+//! | 0x118 | u64 session that the durable number belongs to; 0 if none is known | consumer |
+//! | 0x180 | u32 need-wakeup, u32 0 | consumer |
 //! | 0x1000 | data, `capacity` bytes | both |
 //!
 //! Positions count bytes from the beginning of the ring's life and never wrap; a position's place is
@@ -45,6 +47,7 @@
 //! |---|---|---|---|
 //! | write position | producer | consumer | records, on their way out |
 //! | read position | consumer | producer | room, wiped, on its way back |
+//! | session of the durable number | consumer | producer | the number: that of a session before is gone |
 //! | need-wakeup | consumer | producer | with two fences: no record is left unread by a sleeper |
 //!
 //! The consumer sets need-wakeup, then looks at the write position again before it sleeps; the
@@ -98,9 +101,13 @@ mod at {
     pub(super) const HEARTBEAT: usize = 0x088;
     pub(super) const STATE: usize = 0x090;
     pub(super) const DROPPED: usize = 0x098;
+    pub(super) const SESSION: usize = 0x0a0;
     pub(super) const READ_POS: usize = 0x100;
-    pub(super) const NEED_WAKEUP: usize = 0x108;
     pub(super) const DURABLE: usize = 0x110;
+    pub(super) const DURABLE_SESSION: usize = 0x118;
+    /// On a line of its own: the producer reads it after every record, and the consumer hardly ever
+    /// writes it.
+    pub(super) const NEED_WAKEUP: usize = 0x180;
 }
 
 const KIND_KEY: u32 = 1;

@@ -1,6 +1,6 @@
 //! The hardware's half of the ring.
 
-use std::os::fd::BorrowedFd;
+use std::{num::NonZeroU64, os::fd::BorrowedFd};
 
 use zeroize::Zeroizing;
 
@@ -23,6 +23,7 @@ pub struct Producer {
     memory: Memory,
     capacity_bytes: usize,
     generation: u64,
+    session: NonZeroU64,
     write_pos: u64,
     /// The consumer is at least this far.
     read_seen: u64,
@@ -92,20 +93,27 @@ pub enum Harm {
 }
 
 impl Producer {
-    /// Begins to write to the ring that came with `greeting`.
+    /// Begins to write to the ring that came with `greeting`. `session` is drawn anew whenever the
+    /// device begins to number its blocks anew, and at no other time. Wake the consumer once after this:
+    /// it then knows of the session before there is a block.
     ///
     /// # Errors
     ///
     /// See [`AttachError`]; nothing was written.
-    pub fn attach(fd: BorrowedFd<'_>, greeting: &Greeting) -> Result<Self, AttachError> {
+    pub fn attach(
+        fd: BorrowedFd<'_>,
+        greeting: &Greeting,
+        session: NonZeroU64,
+    ) -> Result<Self, AttachError> {
         let (memory, capacity_bytes) = Memory::open(fd)?;
-        Self::over(memory, capacity_bytes, greeting.generation)
+        Self::over(memory, capacity_bytes, greeting.generation, session)
     }
 
     pub(super) fn over(
         memory: Memory,
         capacity_bytes: usize,
         generation: u64,
+        session: NonZeroU64,
     ) -> Result<Self, AttachError> {
         // ORDERING: Relaxed; the consumer wrote these before it sent the descriptor.
         let word = |offset| memory.word(offset).load(Ordering::Relaxed);
@@ -122,10 +130,15 @@ impl Producer {
                 return Err(AttachError::Header { field });
             }
         }
+        // ORDERING: Relaxed; the first record's Release store comes after it.
+        memory
+            .word(at::SESSION)
+            .store(session.get(), Ordering::Relaxed);
         Ok(Self {
             memory,
             capacity_bytes,
             generation,
+            session,
             write_pos: 0,
             read_seen: 0,
             seq: 0,
@@ -176,10 +189,20 @@ impl Producer {
         }
     }
 
-    /// The highest block number that the consumer holds durably: it and all before may be forgotten.
+    /// The highest block number of this session that the consumer holds durably: it and all before may
+    /// be forgotten.
     #[must_use]
     pub fn durable(&self) -> Option<u64> {
-        // ORDERING: Relaxed; the word stands by itself, see `Consumer::set_durable`.
+        // ORDERING: Acquire pairs with the Release store in `Consumer::begin_session`: a number that was
+        // left from the session before is not seen after this.
+        let session = self
+            .memory
+            .word(at::DURABLE_SESSION)
+            .load(Ordering::Acquire);
+        if session != self.session.get() {
+            return None;
+        }
+        // ORDERING: Relaxed; within a session the word stands by itself, see `Consumer::set_durable`.
         let number = self.memory.word(at::DURABLE).load(Ordering::Relaxed);
         (number != NO_NUMBER).then_some(number)
     }

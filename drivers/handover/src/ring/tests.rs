@@ -5,7 +5,7 @@ mod orderings;
 
 #[cfg(not(loom))]
 mod mapped {
-    use std::os::fd::AsFd;
+    use std::{num::NonZeroU64, os::fd::AsFd};
 
     use proptest::prelude::*;
 
@@ -17,14 +17,16 @@ mod mapped {
 
     const CAPACITY: usize = 8192;
     const GENERATION: u64 = 9;
+    const SESSION: NonZeroU64 = NonZeroU64::new(0x5e).unwrap();
 
     fn ring() -> (Consumer, Producer, Memory) {
         let (consumer, fd) = Consumer::create(CAPACITY, GENERATION, 0xd0).unwrap();
         let greeting = Greeting {
             generation: GENERATION,
             last_durable: None,
+            session: 0,
         };
-        let producer = Producer::attach(fd.as_fd(), &greeting).unwrap();
+        let producer = Producer::attach(fd.as_fd(), &greeting, SESSION).unwrap();
         let (memory, capacity) = Memory::open(fd.as_fd()).unwrap();
         assert_eq!(capacity, CAPACITY);
         (consumer, producer, memory)
@@ -207,6 +209,8 @@ mod mapped {
         producer.write_end().unwrap();
         consumer.read(&mut []).unwrap().unwrap();
         set(&memory, at::WRITE_POS, 64);
+        // What was there when the consumer looked is read.
+        consumer.read(&mut []).unwrap().unwrap();
         assert!(matches!(
             consumer.read(&mut []),
             Err(ReadError::Corrupt(RingFault::WritePosition {
@@ -288,14 +292,52 @@ mod mapped {
     }
 
     #[test]
+    fn a_session_is_told_before_the_first_record_and_does_not_change() {
+        let (mut consumer, mut producer, memory) = ring();
+        assert_eq!(consumer.session(), Ok(Some(SESSION)));
+        producer.write_end().unwrap();
+        set(&memory, at::SESSION, 0x5f);
+        let (got, want) = (0x5f, 0x5e);
+        let fault = ReadError::Corrupt(RingFault::Session { got, want });
+        assert_eq!(consumer.read(&mut []), Err(fault.clone()));
+        assert_eq!(consumer.session(), Err(fault), "latched");
+
+        let (mut consumer, mut producer, memory) = ring();
+        set(&memory, at::SESSION, 0);
+        assert_eq!(consumer.session(), Ok(None), "not told yet");
+        producer.write_end().unwrap();
+        let fault = ReadError::Corrupt(RingFault::Session { got: 0, want: 0 });
+        assert_eq!(consumer.read(&mut []), Err(fault));
+    }
+
+    #[test]
+    fn what_is_durable_is_said_to_the_session_that_it_belongs_to() {
+        let (mut consumer, producer, _) = ring();
+        assert_eq!(producer.durable(), None);
+        let another = NonZeroU64::new(1).unwrap();
+        consumer.begin_session(another, Some(4));
+        consumer.set_durable(7);
+        assert_eq!(
+            producer.durable(),
+            None,
+            "those were blocks of another session"
+        );
+        consumer.begin_session(SESSION, None);
+        assert_eq!(producer.durable(), None);
+        consumer.set_durable(2);
+        assert_eq!(producer.durable(), Some(2));
+    }
+
+    #[test]
     fn memory_that_is_not_sealed_or_not_this_ring_is_refused() {
         let (consumer, fd) = Consumer::create(CAPACITY, 1, 0).unwrap();
         let greeting = |generation| Greeting {
             generation,
             last_durable: None,
+            session: 0,
         };
         assert_eq!(
-            Producer::attach(fd.as_fd(), &greeting(2)).unwrap_err(),
+            Producer::attach(fd.as_fd(), &greeting(2), SESSION).unwrap_err(),
             AttachError::Header {
                 field: "generation"
             }
@@ -304,7 +346,7 @@ mod mapped {
         let file = tempfile::tempfile().unwrap();
         file.set_len(12_288).unwrap();
         assert_eq!(
-            Producer::attach(file.as_fd(), &greeting(1)).unwrap_err(),
+            Producer::attach(file.as_fd(), &greeting(1), SESSION).unwrap_err(),
             AttachError::Map(MapError::NotSealed)
         );
         for capacity_bytes in [0, 2048, 4097, MAX_CAPACITY_BYTES * 2] {

@@ -1,6 +1,8 @@
 //! Every pair of the ordering table, over all interleavings that loom finds. Weaken one of the
 //! orderings and one of these fails.
 
+use std::num::NonZeroU64;
+
 use loom::{sync::Arc, thread};
 
 use super::super::{memory::Memory, *};
@@ -13,7 +15,7 @@ const GENERATION: u64 = 1;
 fn ring() -> (Consumer, Producer) {
     let memory = Memory::model(CAPACITY);
     let consumer = Consumer::over(memory.clone(), CAPACITY, GENERATION, 0);
-    let producer = Producer::over(memory, CAPACITY, GENERATION).unwrap();
+    let producer = Producer::over(memory, CAPACITY, GENERATION, NonZeroU64::MIN).unwrap();
     (consumer, producer)
 }
 
@@ -87,5 +89,20 @@ fn loom_no_record_is_left_to_a_sleeper() {
         writer.join().unwrap();
         let woken = woken.load(std::sync::atomic::Ordering::SeqCst);
         assert!(!sleeps || woken, "asleep over a record");
+    });
+}
+
+#[test]
+fn loom_a_durable_number_of_another_session_is_not_believed() {
+    model(|| {
+        let (mut consumer, producer) = ring();
+        let before = NonZeroU64::new(7).unwrap();
+        consumer.begin_session(before, Some(9));
+        let reader = thread::spawn(move || {
+            consumer.begin_session(NonZeroU64::MIN, None);
+            consumer
+        });
+        assert_eq!(producer.durable(), None);
+        drop(reader.join().unwrap());
     });
 }
