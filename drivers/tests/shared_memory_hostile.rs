@@ -17,8 +17,8 @@ use common::{
     producer::{Connected, SESSION},
 };
 use qkd_drivers::{
-    Alarm, AlarmCode, CorruptReason, DetachReason, DriverConfig, Event, KeySource, ModuleState,
-    Settlement, Severity, SharedMemoryConfig,
+    Alarm, AlarmCode, CorruptReason, DetachReason, DriverConfig, Event, ModuleState, Settlement,
+    Severity, SharedMemoryConfig,
 };
 use qkd_handover::ring::RingFault;
 

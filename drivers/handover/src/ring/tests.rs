@@ -94,14 +94,14 @@ mod mapped {
     #[test]
     fn the_header_has_the_documented_bytes() {
         let (mut consumer, mut producer, memory) = ring();
-        consumer.set_durable(77);
+        consumer.begin_session(SESSION, Some(77));
         producer.beat(11, Some(ModuleState::Fault), 12);
         assert!(consumer.prepare_wait());
-        let mut bytes = [0; 0x118];
+        let mut bytes = [0; 0x188];
         for (i, word) in bytes.chunks_mut(8).enumerate() {
             word.copy_from_slice(&get(&memory, 8 * i).to_le_bytes());
         }
-        let mut expected = [0; 0x118];
+        let mut expected = [0; 0x188];
         expected[..8].copy_from_slice(b"QKDRING1");
         for (at, byte) in [
             (0x008, 1),
@@ -112,8 +112,10 @@ mod mapped {
             (0x088, 11),
             (0x090, 3),
             (0x098, 12),
-            (0x108, 1),
+            (0x0a0, 0x5e),
             (0x110, 77),
+            (0x118, 0x5e),
+            (0x180, 1),
         ] {
             expected[at] = byte;
         }
