@@ -100,6 +100,12 @@ pub enum OpenError {
         /// Its owner.
         uid: u32,
     },
+    /// The format of the files needs the name of one.
+    #[error("{path}: give `file`, the name of the file with the keys, without its folder")]
+    NoFileName {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The operating system gives no more change notifications.
     #[error("cannot watch {path}: raise fs.inotify.max_user_instances and max_user_watches")]
     Watch {

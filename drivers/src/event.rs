@@ -2,12 +2,14 @@
 
 use qkd_handover::{
     block::BlockError,
+    hex_lines::HexLineError,
+    r10::{self, R10Error},
     ring::RingFault,
     serial::FrameError,
     status::{ModuleState, StatusError},
     type7::Type7Error,
 };
-use qkd_keyfile::{QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
+use qkd_keyfile::{KeyFileError, QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
 
 /// Something that happened at a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,6 +144,18 @@ pub enum AlarmCode {
         /// The user's number.
         uid: u32,
     },
+    /// The note of what is settled could not be written: after a crash, what was settled last may be
+    /// delivered again.
+    CannotKeepJournal {
+        /// The operating system's reason.
+        error: std::io::ErrorKind,
+    },
+    /// A file of records became shorter, or other records stand in it: it is read from its start. What
+    /// was not read of the old ones is lost.
+    FileReplaced {
+        /// Name of the file.
+        file: String,
+    },
     /// The folder's state could not be written: a restart may not notice that the numbering began
     /// anew in between.
     CannotKeepNumbering {
@@ -224,6 +238,29 @@ pub enum CorruptReason {
     /// Not a final-key file.
     #[error(transparent)]
     Type7(#[from] Type7Error),
+    /// Not a key file.
+    #[error(transparent)]
+    KeyFile(#[from] KeyFileError),
+    /// A key file of something else than a QKD-key, or one that contradicts itself.
+    #[error("no key file of a QKD-key")]
+    NotAQkdKey,
+    /// A line of hexadecimal digits that is none. The file's next line is read.
+    #[error("line {line}: {error}")]
+    HexLine {
+        /// Its number in the file, from 0.
+        line: u32,
+        /// What was wrong with it.
+        error: HexLineError,
+    },
+    /// Not an R10 record. Nothing says where the next one begins, so the rest of the file is lost.
+    #[error(transparent)]
+    R10(#[from] R10Error),
+    /// An R10 record of a key that is not secret, such as one before privacy amplification.
+    #[error("a key of state {state:?} is not to be used")]
+    R10State {
+        /// How far the key has come.
+        state: r10::State,
+    },
     /// Damage on a serial line. A damaged key frame comes again.
     #[error(transparent)]
     Frame(#[from] FrameError),

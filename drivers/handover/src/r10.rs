@@ -99,7 +99,7 @@ pub struct Header {
 }
 
 /// Why bytes are not a record. Nothing was consumed; there is no way to find the next record.
-#[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum R10Error {
     /// A state that there is not.

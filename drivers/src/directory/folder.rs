@@ -30,6 +30,13 @@ pub(super) struct Identity {
     pub(super) size_bytes: u64,
 }
 
+/// Tells a file from any other while both exist, whatever it is called and however it grows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Inode {
+    pub(super) device: u64,
+    pub(super) inode: u64,
+}
+
 impl Identity {
     fn of(stat: &FileStat) -> Self {
         Self {
@@ -38,6 +45,41 @@ impl Identity {
             modified_ns: i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec),
             size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
         }
+    }
+
+    pub(super) const fn inode(&self) -> Inode {
+        Inode {
+            device: self.device,
+            inode: self.inode,
+        }
+    }
+
+    /// When the file was last written to, in nanoseconds since 1970.
+    pub(super) const fn modified_ns(&self) -> i128 {
+        self.modified_ns
+    }
+
+    /// The identity in decimal, for a note.
+    pub(super) fn to_text(self) -> String {
+        let Self {
+            device,
+            inode,
+            modified_ns,
+            size_bytes,
+        } = self;
+        format!("{device} {inode} {modified_ns} {size_bytes}")
+    }
+
+    /// The opposite of [`to_text`](Self::to_text).
+    pub(super) fn from_text(text: &str) -> Option<Self> {
+        let mut fields = text.split(' ');
+        let identity = Self {
+            device: fields.next()?.parse().ok()?,
+            inode: fields.next()?.parse().ok()?,
+            modified_ns: fields.next()?.parse().ok()?,
+            size_bytes: fields.next()?.parse().ok()?,
+        };
+        fields.next().is_none().then_some(identity)
     }
 
     /// When the file was last written to, in seconds since 1970.
@@ -178,14 +220,15 @@ impl Folder {
     }
 
     /// The content of a small file of our own; `None` if it is not there.
-    pub(super) fn read_note(&self, name: &str) -> io::Result<Option<String>> {
+    pub(super) fn read_note(&self, name: &str, max_bytes: usize) -> io::Result<Option<String>> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = match openat(&self.fd, name, flags, Mode::empty()) {
             Ok(fd) => fd,
             Err(Errno::ENOENT) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
-        let mut text = vec![0; MAX_NOTE_BYTES];
+        let len = usize::try_from(fstat(&fd)?.st_size).unwrap_or(usize::MAX);
+        let mut text = vec![0; len.min(max_bytes)];
         let len = pread(&fd, &mut text, 0)?;
         text.truncate(len);
         String::from_utf8(text)
@@ -207,11 +250,26 @@ impl Folder {
             flags,
             Mode::S_IRUSR | Mode::S_IWUSR,
         )?;
-        if nix::unistd::write(&fd, text.as_bytes())? != text.len() {
-            return Err(Errno::ENOSPC);
-        }
+        write_all(&fd, text)?;
         nix::unistd::fsync(&fd)?;
         nix::fcntl::renameat(&self.fd, temporary.as_str(), &self.fd, name)?;
+        nix::unistd::fsync(&self.fd)
+    }
+
+    /// Appends to a small file of our own, which is made if need be; durable when it returns.
+    pub(super) fn append_note(&self, name: &str, text: &str) -> nix::Result<()> {
+        let flags = OFlag::O_WRONLY
+            | OFlag::O_CREAT
+            | OFlag::O_APPEND
+            | OFlag::O_NOFOLLOW
+            | OFlag::O_CLOEXEC;
+        let fd = openat(&self.fd, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        write_all(&fd, text)?;
+        nix::unistd::fsync(&fd)
+    }
+
+    /// Makes durable what names stand in the folder.
+    pub(super) fn sync(&self) -> nix::Result<()> {
         nix::unistd::fsync(&self.fd)
     }
 }
@@ -233,9 +291,14 @@ impl OpenFile {
         Ok(())
     }
 
+    /// What the file is now.
+    pub(super) fn look(&self) -> nix::Result<Identity> {
+        fstat(&self.fd).map(|stat| Identity::of(&stat))
+    }
+
     /// Whether the file is as it was when it was opened.
     pub(super) fn is_unchanged(&self) -> bool {
-        fstat(&self.fd).is_ok_and(|stat| Identity::of(&stat) == self.identity)
+        self.look().is_ok_and(|now| now == self.identity)
     }
 }
 
@@ -255,7 +318,12 @@ impl Kind {
     }
 }
 
+fn write_all(fd: &OwnedFd, text: &str) -> nix::Result<()> {
+    if nix::unistd::write(fd, text.as_bytes())? != text.len() {
+        return Err(Errno::ENOSPC);
+    }
+    Ok(())
+}
+
 /// Files of one name in a side folder before it counts as full.
 const MAX_NAMESAKES: u32 = 1000;
-
-const MAX_NOTE_BYTES: usize = 256;

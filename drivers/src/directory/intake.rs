@@ -1,4 +1,5 @@
-//! The files of one open folder: which wait, which are outstanding, which are ignored.
+//! The files of one open folder that hold a block each: which wait, which are outstanding, which are
+//! ignored.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -8,15 +9,16 @@ use std::{
 };
 
 use qkd_handover::type7::EPOCH_NS;
-use qkd_keyfile::{QkdKeyId, UnixTime, metadata::QkdKeyMetadata};
+use qkd_keyfile::{QkdKeyId, UnixTime};
 use tokio::time::Instant;
 
 use super::{
-    DirectoryConfig, Epochs,
+    DirectoryConfig, Epochs, Format,
     folder::{Folder, Identity, Kind, OpenFile},
-    names::{DONE, QUARANTINE, epoch_of, id_of, is_ours_or_temporary},
+    journal::Journal,
+    names::{DONE, QUARANTINE, id_of, is_ours_or_temporary, place_of},
     numbering::{Numbering, Relation},
-    reading::{Look, NoEvent, kind, read_header, read_key},
+    reading::{Head, Look, NoEvent, kind, read_head, read_key},
 };
 use crate::{
     event::{Alarm, AlarmCode, CorruptReason, Event, KeyBlock, Severity},
@@ -27,9 +29,13 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Intake {
     folder: Folder,
+    format: Format,
+    journal: Journal,
     numbering: Option<Numbering>,
     candidates: BTreeSet<Candidate>,
     known: HashMap<OsString, Known>,
+    /// Names of the files whose keys are outstanding.
+    outstanding: HashMap<QkdKeyId, OsString>,
     scan_is_due: bool,
     /// The last scan found more than it may keep, and some of that has been worked off since.
     more_to_scan: (bool, bool),
@@ -41,8 +47,8 @@ struct Candidate {
     relation: Relation,
     /// Only set for a numbering that has not begun: the older one comes first.
     began_s: i64,
-    /// `None` for a name that no hand-over file has.
-    epoch: Option<u32>,
+    /// `None` for a name that no hand-over file has. The epoch, where names are epochs.
+    place: Option<u32>,
     name: OsString,
 }
 
@@ -59,11 +65,14 @@ enum Known {
 
 impl Intake {
     pub(super) fn new(folder: Folder, config: &DirectoryConfig) -> Self {
-        let numbering = (config.epochs == Epochs::Local)
+        let numbering = (config.format.has_epochs() && config.epochs == Epochs::Local)
             .then(|| Numbering::load(&folder, config.numbering_tolerance_s));
         Self {
+            journal: Journal::load(&folder),
+            format: config.format,
             folder,
             numbering,
+            outstanding: HashMap::new(),
             candidates: BTreeSet::new(),
             known: HashMap::new(),
             scan_is_due: true,
@@ -127,7 +136,7 @@ impl Intake {
                 Err(NoEvent::Bad(reason)) => {
                     self.more_to_scan.1 = true;
                     events.push_back(Event::Corrupt {
-                        id: candidate.epoch.and_then(|_| id_of(name)),
+                        id: candidate.place.and_then(|_| id_of(name, self.format)),
                         reason,
                     });
                     self.quarantine(name, events);
@@ -147,19 +156,28 @@ impl Intake {
         config: &DirectoryConfig,
         events: &mut VecDeque<Event>,
     ) {
-        let name = OsStr::new(id.as_str());
-        let Some(Known::Outstanding(delivered)) = self.known.get(name) else {
+        let Some(name) = self.outstanding.remove(id) else {
             return;
         };
-        let delivered = *delivered;
-        self.known.remove(name);
+        let name = name.as_os_str();
+        let Some(Known::Outstanding(delivered)) = self.known.remove(name) else {
+            return;
+        };
         match self.folder.look_at(name) {
             // Someone put another file in its place, which has not been delivered.
             Ok(Some((now, _))) if now != delivered => self.scan_is_due = true,
             Ok(None) => {}
             _ => match outcome {
                 Settlement::Quarantined => self.quarantine(name, events),
-                Settlement::Stored | Settlement::Dropped => self.dispose(name, config, events),
+                Settlement::Stored | Settlement::Dropped => {
+                    // Durable before the file goes: a crash that brings it back does not bring back
+                    // its key.
+                    if let Err(errno) = self.journal.add(name, delivered, &self.folder) {
+                        let error = kind(errno);
+                        events.push_back(warning(AlarmCode::CannotKeepJournal { error }));
+                    }
+                    self.dispose(name, config, events);
+                }
             },
         }
     }
@@ -178,7 +196,7 @@ impl Intake {
 
     /// Puts a name where it belongs in the order, unless its file is known and has not changed.
     fn add(&mut self, name: OsString) {
-        let epoch = epoch_of(&name);
+        let place = place_of(&name, self.format);
         let (mut relation, mut began_s) = (Relation::Present, 0);
         let ignored = match self.known.get(&name) {
             Some(Known::Outstanding(_)) => return,
@@ -192,7 +210,7 @@ impl Intake {
             if ignored == Some(identity) {
                 return;
             }
-            if let (Some(numbering), Some(epoch)) = (&self.numbering, epoch) {
+            if let (Some(numbering), Some(epoch)) = (&self.numbering, place) {
                 let began = Numbering::beginning_s(identity.modified_s(), epoch);
                 relation = numbering.relation(began);
                 began_s = if relation == Relation::Next { began } else { 0 };
@@ -201,7 +219,7 @@ impl Intake {
         self.candidates.insert(Candidate {
             relation,
             began_s,
-            epoch,
+            place,
             name,
         });
         if self.candidates.len() > MAX_CANDIDATES {
@@ -220,42 +238,41 @@ impl Intake {
         events: &mut VecDeque<Event>,
     ) -> Result<Option<KeyBlock>, NoEvent> {
         let name = &candidate.name;
-        let Some(epoch) = candidate.epoch else {
+        let Some(place) = candidate.place else {
             return self.look_at_stranger(name, config).map(|()| None);
         };
         if let Some(Known::Outstanding(_)) = self.known.get(name) {
             return Err(NoEvent::Skip);
         }
         let file = self.folder.open_file(name)??;
-        let header = match read_header(&file, name, config.max_block_bits)? {
-            Look::Whole(header) => header,
+        if self.journal.holds(name, file.identity) {
+            self.dispose(name, config, events);
+            return Err(NoEvent::Skip);
+        }
+        let head = match read_head(&file, name, config, scratch)? {
+            Look::Whole(head) => head,
             Look::Partial(reason) => {
                 return Err(self.not_whole(name, file.identity, config, reason));
             }
         };
-        if self.begins_numbering(&file, epoch, config, events)? {
+        if self.begins_numbering(&file, place, config, events)? {
             return Ok(None);
         }
-        let id = id_of(name).ok_or(NoEvent::Skip)?;
-        if header.key_bits == 0 {
+        let id = head.metadata.qkd_key_id.clone();
+        if head.key_bits == 0 {
             events.push_back(Event::Empty { id });
             self.dispose(name, config, events);
             return Ok(None);
         }
-        read_key(&file, &header, scratch, out)?;
+        // Only key files can give one ID twice; the second waits for the first to be settled.
+        if self.outstanding.contains_key(&id) {
+            return Err(NoEvent::Later);
+        }
+        read_key(&file, &head, scratch, out)?;
+        self.outstanding.insert(id, name.clone());
         self.known
             .insert(name.clone(), Known::Outstanding(file.identity));
-        Ok(Some(KeyBlock {
-            metadata: QkdKeyMetadata {
-                key_bits: Some(header.key_bits),
-                module: config.module.clone(),
-                matching_module: config.matching_module.clone(),
-                generated_at: (config.epochs == Epochs::Extended).then(|| generated_at(epoch)),
-                ..QkdKeyMetadata::new(id)
-            },
-            key_bits: header.key_bits,
-            qber_ppm: None,
-        }))
+        Ok(Some(key_block(head, place, config)))
     }
 
     /// A file of a strange name is given the time that a partial file gets: its writer may be about
@@ -361,12 +378,34 @@ impl Intake {
     }
 }
 
+/// What is known of a block; the configuration fills in what the file does not tell.
+fn key_block(head: Head, place: u32, config: &DirectoryConfig) -> KeyBlock {
+    let Head {
+        mut metadata,
+        key_bits,
+        ..
+    } = head;
+    metadata.key_bits = Some(key_bits);
+    if config.format.has_epochs() && config.epochs == Epochs::Extended {
+        metadata.generated_at = Some(generated_at(place));
+    }
+    metadata.module = metadata.module.or_else(|| config.module.clone());
+    metadata.matching_module = metadata
+        .matching_module
+        .or_else(|| config.matching_module.clone());
+    KeyBlock {
+        metadata,
+        key_bits,
+        qber_ppm: None,
+    }
+}
+
 /// Extended epochs count from 1970; the time stamp is the beginning of the first.
 fn generated_at(epoch: u32) -> UnixTime {
     UnixTime((u64::from(epoch) * EPOCH_NS).cast_signed())
 }
 
-fn warning(code: AlarmCode) -> Event {
+pub(super) fn warning(code: AlarmCode) -> Event {
     let severity = match code {
         AlarmCode::CannotSettle { .. } => Severity::Security,
         _ => Severity::Warning,

@@ -1,10 +1,14 @@
-//! Hand-over files in a directory: qcrypto's final-key files (type 7).
+//! Hand-over files in a directory.
 //!
-//! The files are written in place, so a file shorter than its header says is left alone until it is
-//! whole, or has not grown for [`partial_timeout_ms`](DirectoryConfig::partial_timeout_ms). Files
-//! that fail a check go to `quarantine/` beside them. A key's file stays until the key is settled;
-//! files that were not settled come again after a restart, and the layer above knows the IDs that it
-//! has had.
+//! Files of one block each (qcrypto's final keys, raw `.cor` files, our own key files) may be written in
+//! place, so a file shorter than it should be is left alone until it is whole, or has not grown for
+//! [`partial_timeout_ms`](DirectoryConfig::partial_timeout_ms). Files that fail a check go to
+//! `quarantine/` beside them. A key's file stays until the key is settled; that it is settled is noted
+//! durably before it goes. Files that were not settled come again after a restart, and the layer above
+//! knows the IDs that it has had.
+//!
+//! Files of many keys (48-byte records, hexadecimal lines, AIT R10 records) grow; they are read from where
+//! they were read to, and up to where all is settled is noted durably.
 //!
 //! Notifications are hints and may be lost; a slow scan is the truth. Files are delivered in the
 //! order of their epochs, not in the order of the directory.
@@ -13,20 +17,24 @@
 //! `tmpfs`, where a deleted key leaves nothing behind.
 
 mod folder;
+mod format;
 mod intake;
+mod journal;
 mod names;
 mod numbering;
 mod reading;
+mod records;
 mod watch;
 
 use std::{
     collections::VecDeque,
+    ffi::OsString,
     path::PathBuf,
     task::{Context, Poll},
     time::Duration,
 };
 
-use qkd_handover::type7::{MAX_KEY_BITS, words_bytes};
+use qkd_handover::{hex_lines, type7::MAX_KEY_BITS};
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
 use serde::Deserialize;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
@@ -34,21 +42,28 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use self::{
     folder::Folder,
     intake::Intake,
+    records::Records,
     watch::{Hint, Watch},
 };
 use crate::{
     config::OpenError,
-    event::{DetachReason, Event},
+    event::{DetachReason, Event, KeyBlock},
     scratch::Scratch,
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
 };
+
+pub use format::Format;
 
 /// Where hand-over files lie, and how they are read.
 ///
 /// ```toml
 /// kind = "directory"
 /// path = "/run/qkd/keys"       # the only setting without a default
+/// format = "type7"             # or another of `Format`
+/// file_bytes = 204800          # format "cor": length of every file
+/// file = "keys.bin"            # "uuid-records", "r10": the file; "hex-lines": the peer in its name
+/// block_keys = 4096            # "hex-lines": lines of a file
 /// epochs = "extended"          # or "local": 17 bits, repeating every 19.5 h
 /// delete = true                # false: settled files are moved to `done/`
 /// max_block_bits = 524288      # a longer key goes to quarantine
@@ -64,6 +79,19 @@ use crate::{
 pub struct DirectoryConfig {
     /// The folder that the module writes to.
     pub path: PathBuf,
+    /// What the files are.
+    #[serde(default)]
+    pub format: Format,
+    /// With [`Format::Cor`]: length of every file, in bytes.
+    #[serde(default = "default_file_bytes")]
+    pub file_bytes: u32,
+    /// With files of many keys: the name of the file that is written to; what rotation makes of it
+    /// begins so. With [`Format::HexLines`]: what stands before the `_` and the number.
+    #[serde(default)]
+    pub file: Option<String>,
+    /// With [`Format::HexLines`]: lines of a file; equal at both ends.
+    #[serde(default = "default_block_keys")]
+    pub block_keys: u32,
     /// What the epochs in the files count from.
     #[serde(default)]
     pub epochs: Epochs,
@@ -111,6 +139,10 @@ impl DirectoryConfig {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self {
             path: path.into(),
+            format: Format::default(),
+            file_bytes: default_file_bytes(),
+            file: None,
+            block_keys: default_block_keys(),
             epochs: Epochs::default(),
             delete: yes(),
             max_block_bits: default_max_block_bits(),
@@ -135,6 +167,21 @@ impl DirectoryConfig {
             let bits = u64::from(self.max_block_bits);
             return refuse("max_block_bits", bits, "1 to 2097152");
         }
+        if !(1..=MAX_KEY_BITS / 8).contains(&self.file_bytes) {
+            let bytes = u64::from(self.file_bytes);
+            return refuse("file_bytes", bytes, "1 to 262144");
+        }
+        if self.block_keys == 0 {
+            return refuse("block_keys", 0, "at least 1");
+        }
+        let is_named = self.file.as_deref().is_some_and(|name| {
+            !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\0'])
+        });
+        if self.format.has_records() && !is_named {
+            return Err(OpenError::NoFileName {
+                path: self.path.clone(),
+            });
+        }
         if !(10..=3_600_000).contains(&self.rescan_interval_ms) {
             let ms = self.rescan_interval_ms;
             return refuse("rescan_interval_ms", ms, "10 to 3600000");
@@ -147,9 +194,9 @@ impl DirectoryConfig {
 #[derive(Debug)]
 pub struct DirectorySource {
     config: DirectoryConfig,
-    open: Option<(Intake, Watch)>,
+    open: Option<(Reader, Watch)>,
     tick: Interval,
-    /// Key words on their way; wiped after every block.
+    /// Key on its way; wiped after every block.
     scratch: Scratch,
     events: VecDeque<Event>,
     credit_blocks: u32,
@@ -177,7 +224,7 @@ impl DirectorySource {
             events: VecDeque::from([open.0.attached(config)]),
             open: Some(open),
             tick,
-            scratch: Scratch::new(words_bytes(config.max_block_bits)),
+            scratch: Scratch::new(config.scratch_bytes()),
             credit_blocks: 0,
             waiting: Waiting::default(),
             config: config.clone(),
@@ -186,10 +233,10 @@ impl DirectorySource {
 
     fn take_hints(&mut self, cx: &mut Context<'_>) {
         let mut gone = false;
-        while let Some((intake, watch)) = &mut self.open {
+        while let Some((reader, watch)) = &mut self.open {
             let more = watch.poll(cx, |hint| match hint {
-                Hint::Name(name) => intake.hint(name),
-                Hint::Lost => intake.scan_soon(),
+                Hint::Name(name) => reader.hint(name),
+                Hint::Lost => reader.scan_soon(),
                 Hint::FolderGone => gone = true,
             });
             if gone {
@@ -204,8 +251,8 @@ impl DirectorySource {
     fn take_tick(&mut self, cx: &mut Context<'_>) {
         while self.tick.poll_tick(cx).is_ready() {
             match &mut self.open {
-                Some((intake, _)) if intake.folder().is_at(&self.config.path) => {
-                    intake.scan_soon();
+                Some((reader, _)) if reader.folder().is_at(&self.config.path) => {
+                    reader.scan_soon();
                 }
                 Some(_) => self.detach(),
                 None => {
@@ -215,6 +262,12 @@ impl DirectorySource {
                     }
                 }
             }
+        }
+    }
+
+    fn flush(&mut self) {
+        if let Some((Reader::Records(records), _)) = &mut self.open {
+            records.flush(&self.config, &mut self.events);
         }
     }
 
@@ -228,7 +281,7 @@ impl DirectorySource {
 
 impl KeySource for DirectorySource {
     fn max_block_bytes(&self) -> usize {
-        bytes_for_bits(self.config.max_block_bits)
+        bytes_for_bits(self.config.longest_key_bits())
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, out: &mut [u8]) -> Poll<Result<Event, ReadError>> {
@@ -239,17 +292,20 @@ impl KeySource for DirectorySource {
             }
             self.take_hints(cx);
             self.take_tick(cx);
+            self.flush();
             if !self.events.is_empty() {
                 continue;
             }
             self.waiting.register(cx);
-            let Some((intake, _)) = &mut self.open else {
+            let Some((reader, _)) = &mut self.open else {
                 return Poll::Pending;
             };
             if self.credit_blocks == 0 {
                 return Poll::Pending;
             }
-            match intake.next(&self.config, &mut self.scratch, out, &mut self.events) {
+            let next = reader.next(&self.config, &mut self.scratch, out, &mut self.events);
+            self.flush();
+            match next {
                 Ok(Some(block)) => {
                     self.credit_blocks -= 1;
                     return Poll::Ready(Ok(Event::Key(block)));
@@ -267,21 +323,107 @@ impl KeySource for DirectorySource {
     }
 
     fn settle(&mut self, id: &QkdKeyId, outcome: Settlement) {
-        if let Some((intake, _)) = &mut self.open {
-            intake.settle(id, outcome, &self.config, &mut self.events);
+        if let Some((reader, _)) = &mut self.open {
+            reader.settle(id, outcome, &self.config, &mut self.events);
             self.waiting.wake();
         }
     }
 }
 
-fn open_folder(config: &DirectoryConfig) -> Result<(Intake, Watch), OpenError> {
+/// What was settled last is noted, so that it does not come again.
+impl Drop for DirectorySource {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+/// Files of one block each, or of many.
+#[derive(Debug)]
+enum Reader {
+    Blocks(Intake),
+    Records(Records),
+}
+
+impl Reader {
+    const fn folder(&self) -> &Folder {
+        match self {
+            Self::Blocks(intake) => intake.folder(),
+            Self::Records(records) => records.folder(),
+        }
+    }
+
+    fn attached(&self, config: &DirectoryConfig) -> Event {
+        match self {
+            Self::Blocks(intake) => intake.attached(config),
+            Self::Records(_) => Records::attached(config),
+        }
+    }
+
+    const fn scan_soon(&mut self) {
+        match self {
+            Self::Blocks(intake) => intake.scan_soon(),
+            Self::Records(records) => records.scan_soon(),
+        }
+    }
+
+    fn hint(&mut self, name: OsString) {
+        match self {
+            Self::Blocks(intake) => intake.hint(name),
+            Self::Records(records) => records.hint(&name),
+        }
+    }
+
+    fn next(
+        &mut self,
+        config: &DirectoryConfig,
+        scratch: &mut [u8],
+        out: &mut [u8],
+        events: &mut VecDeque<Event>,
+    ) -> nix::Result<Option<KeyBlock>> {
+        match self {
+            Self::Blocks(intake) => intake.next(config, scratch, out, events),
+            Self::Records(records) => records.next(config, scratch, out, events),
+        }
+    }
+
+    fn settle(
+        &mut self,
+        id: &QkdKeyId,
+        outcome: Settlement,
+        config: &DirectoryConfig,
+        events: &mut VecDeque<Event>,
+    ) {
+        match self {
+            Self::Blocks(intake) => intake.settle(id, outcome, config, events),
+            // One record cannot be set aside: its file goes when all of it is settled.
+            Self::Records(records) => records.settle(id),
+        }
+    }
+}
+
+fn open_folder(config: &DirectoryConfig) -> Result<(Reader, Watch), OpenError> {
     let folder = Folder::open(&config.path, &config.owner_uids)?;
-    let watch = Watch::new(&config.path).map_err(|source| OpenError::Watch {
+    let grow = config.format.has_records();
+    let watch = Watch::new(&config.path, grow).map_err(|source| OpenError::Watch {
         path: config.path.clone(),
         source,
     })?;
     // The first scan comes after this: what is put there in between is seen by one of the two.
-    Ok((Intake::new(folder, config), watch))
+    let reader = if grow {
+        Reader::Records(Records::new(folder))
+    } else {
+        Reader::Blocks(Intake::new(folder, config))
+    };
+    Ok((reader, watch))
+}
+
+/// [`qkd_handover::cor::USUAL_FILE_BYTES`].
+const fn default_file_bytes() -> u32 {
+    204_800
+}
+
+const fn default_block_keys() -> u32 {
+    hex_lines::USUAL_BLOCK_KEYS
 }
 
 const fn yes() -> bool {

@@ -2,7 +2,13 @@
 
 use std::ffi::OsStr;
 
+use qkd_handover::cor;
 use qkd_keyfile::QkdKeyId;
+
+use super::Format;
+
+/// End of the name of a key file of our own.
+pub(super) const KEY_FILE_SUFFIX: &str = ".qkdkey";
 
 /// Where files go that failed a check.
 pub(super) const QUARANTINE: &str = "quarantine";
@@ -17,9 +23,24 @@ pub(super) fn epoch_of(name: &OsStr) -> Option<u32> {
     lower.then(|| u32::from_str_radix(text, 16).ok()).flatten()
 }
 
-/// The QKD-key ID, which is the name itself.
-pub(super) fn id_of(name: &OsStr) -> Option<QkdKeyId> {
-    name.to_str()?.parse().ok()
+/// Place of a file of one block among the others, by its name; files of one place come in the order of
+/// their names. `None` for a name that no hand-over file of this format has.
+pub(super) fn place_of(name: &OsStr, format: Format) -> Option<u32> {
+    match format {
+        Format::Type7 | Format::Type7Guardian => epoch_of(name),
+        Format::Cor => cor::id_of_name(name.to_str()?).map(|_| 0),
+        _ => name.to_str()?.strip_suffix(KEY_FILE_SUFFIX).map(|_| 0),
+    }
+}
+
+/// The QKD-key ID, as far as the name gives it.
+pub(super) fn id_of(name: &OsStr, format: Format) -> Option<QkdKeyId> {
+    let name = name.to_str()?;
+    match format {
+        Format::Cor => cor::id_of_name(name)?.parse().ok(),
+        Format::KeyFile => name.strip_suffix(KEY_FILE_SUFFIX)?.parse().ok(),
+        _ => name.parse().ok(),
+    }
 }
 
 /// Hidden files, the side folders, and what the usual writers call a file that is to be renamed.

@@ -29,7 +29,7 @@ impl Numbering {
     /// Reads what an earlier run kept. A note that cannot be read counts as none: the next file
     /// then begins a numbering, which at worst drops keys that were not confirmed.
     pub(super) fn load(folder: &Folder, tolerance_s: u32) -> Self {
-        let note = folder.read_note(NOTE).ok().flatten();
+        let note = folder.read_note(NOTE, 256).ok().flatten();
         Self {
             began_s: note.and_then(|text| text.trim().parse().ok()),
             tolerance_s: i64::from(tolerance_s),

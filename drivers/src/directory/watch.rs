@@ -31,16 +31,16 @@ pub(super) enum Hint {
 }
 
 impl Watch {
-    pub(super) fn new(folder: &Path) -> io::Result<Self> {
+    /// `growing` also tells of files that are written to and stay open.
+    pub(super) fn new(folder: &Path, growing: bool) -> io::Result<Self> {
         let inotify = Inotify::init()?;
-        inotify.watches().add(
-            folder,
-            WatchMask::CLOSE_WRITE
-                | WatchMask::MOVED_TO
-                | WatchMask::DELETE_SELF
-                | WatchMask::MOVE_SELF
-                | WatchMask::ONLYDIR,
-        )?;
+        let mut mask = WatchMask::CLOSE_WRITE
+            | WatchMask::MOVED_TO
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF
+            | WatchMask::ONLYDIR;
+        mask.set(WatchMask::MODIFY, growing);
+        inotify.watches().add(folder, mask)?;
         Ok(Self {
             inotify: readable(inotify)?,
             buffer: Box::new([0; BUFFER_BYTES]),
