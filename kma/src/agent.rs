@@ -31,6 +31,10 @@ pub struct Kma {
     sessions: BTreeMap<NodeId, Session>,
     relay: Relay,
     supply: Supply,
+    /// When the last input came.
+    now: Now,
+    /// What waits to become durable has waited long enough.
+    settle: bool,
     ticked: Option<Mono>,
     /// The time of the last input.
     last: Now,
@@ -109,6 +113,8 @@ impl Kma {
                 out: Vec::new(),
                 failed: None,
             },
+            now: Now::default(),
+            settle: false,
             ticked: None,
             last: Now::default(),
             said_pending: Mono::default(),
@@ -121,6 +127,7 @@ impl Kma {
 
     /// Takes one input. `entropy` serves key IDs and, for relayed units, key bits.
     pub fn handle(&mut self, now: Now, entropy: &mut dyn Entropy, input: Input) {
+        self.now = now;
         self.core.store.set_time(now);
         self.last = now;
         let mut cx = self.core.cx(now, &self.config.node);
@@ -210,8 +217,9 @@ impl Kma {
         self.ticked.map_or(Mono::default(), |at| at.after(TICK))
     }
 
-    /// Makes everything durable that was handled since the last call, and hands out what rests on
-    /// it.
+    /// Hands out what came of the inputs handled since the last call, after it has made everything
+    /// durable that this rests on. Where nothing is to leave, nothing is made durable yet: that has
+    /// time until something leaves, or until the next tick.
     ///
     /// # Errors
     ///
@@ -226,6 +234,11 @@ impl Kma {
         if let Some(error) = self.core.failed.take() {
             return Err(error);
         }
+        if !std::mem::take(&mut self.settle) && self.core.out.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut cx = self.core.cx(self.now, &self.config.node);
+        self.supply.tell_taken(&mut cx);
         self.core.store.commit()?;
         if let Err(error) = self.core.store.compact_if_large(self.journal_limit_bytes) {
             if error.is_final() {
@@ -325,6 +338,7 @@ impl Kma {
 
     fn tick(&mut self, now: Now, entropy: &mut dyn Entropy) {
         self.ticked = Some(now.mono);
+        self.settle = true;
         let mut cx = self.core.cx(now, &self.config.node);
         for session in self.sessions.values_mut() {
             session.send_again(&mut cx, false);

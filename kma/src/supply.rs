@@ -15,7 +15,7 @@ use qkd_secmem::KeyBuf;
 use crate::{
     RESEND_AFTER,
     io::{Alarm, Cx, KmaConfig, Output, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder},
-    record::{Binding, Purpose, Stage},
+    record::{Binding, Stage},
     relay::stream_of,
     session::Session,
     store::{KeyOrder, KeyPlan, ReadError},
@@ -34,6 +34,10 @@ const WINDOW: usize = MAX_ITEMS;
 /// Bindings in one message: their number, and about how many bytes.
 const BATCH_MAX: (usize, usize) = (512, 256 << 10);
 
+/// Bindings of one node that are taken in before it is told without delay: several times fewer than
+/// a window.
+const UNTOLD_MAX: usize = WINDOW / 8;
+
 /// How long the node that gave an ID is waited for.
 const ASK_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -48,6 +52,9 @@ const NAMES_BYTES: usize = 66;
 pub(crate) struct Supply {
     sent: BTreeMap<NodeId, Sent>,
     asking: Vec<Asking>,
+    /// Messages with bindings, and bindings in them, of which their nodes have not heard yet that
+    /// they were taken in.
+    untold: BTreeMap<NodeId, usize>,
 }
 
 /// What became of an order for keys.
@@ -93,12 +100,8 @@ impl Supply {
             Err(SupplyError::NotEnoughKey { .. }) => Asked::NotEnough,
             Err(_) => Asked::InVain,
         };
-        let result = cut.map(|(_, keys)| keys);
+        reply(cx, order.order, cut.map(|(_, keys)| keys));
         self.send_bindings(cx, &order.destination, false);
-        cx.out.push(Output::Supplied {
-            order: order.order,
-            result,
-        });
         asked
     }
 
@@ -225,6 +228,7 @@ impl Supply {
         first: u64,
         bindings: Vec<Binding>,
     ) {
+        let count = bindings.len();
         for (at, binding) in (0..).zip(bindings) {
             let next = next_expected(cx, peer);
             match first.checked_add(at) {
@@ -248,8 +252,21 @@ impl Supply {
                 break;
             }
         }
-        let next = next_expected(cx, peer);
-        cx.send(peer, &Message::BindingsTaken { next });
+        let untold = self.untold.entry(peer.clone()).or_default();
+        *untold += 1 + count;
+        if *untold > UNTOLD_MAX {
+            self.tell_taken(cx);
+        }
+    }
+
+    /// Acknowledges bindings. They are known here as soon as they came; to acknowledge every few at
+    /// once would make every few durable for themselves, so that waits for something else to leave,
+    /// or for the next tick.
+    pub(crate) fn tell_taken(&mut self, cx: &mut Cx<'_>) {
+        for peer in std::mem::take(&mut self.untold).into_keys() {
+            let next = next_expected(cx, &peer);
+            cx.send(&peer, &Message::BindingsTaken { next });
+        }
     }
 
     /// The destination has bindings.
@@ -310,15 +327,14 @@ fn cut(
         SupplyError::Unreadable
     })?;
     let applications = distinct(&order.applications);
+    for run in plan.0.chunk_by(|(_, a), (_, b)| a == b) {
+        let spans: Vec<_> = run.iter().map(|(span, _)| *span).collect();
+        cx.store.take(&stream, &spans, run[0].1);
+    }
+    let mut random = vec![[0; 16]; keys.len()];
+    entropy.fill(random.as_flattened_mut());
     let mut supplied = Vec::with_capacity(keys.len());
-    let mut keys = keys.into_iter();
-    for &(span, purpose) in &plan.0 {
-        cx.store.take(&stream, &[span], purpose);
-        if purpose != Purpose::Supply {
-            continue;
-        }
-        let mut random = [0; 16];
-        entropy.fill(&mut random);
+    for ((key, span), random) in keys.into_iter().zip(spans).zip(random) {
         let key_id = KsaKeyId::from_random(random);
         let binding = Binding {
             key_id,
@@ -328,7 +344,7 @@ fn cut(
             applications: applications.clone(),
         };
         cx.store.bind(&order.destination, binding);
-        supplied.extend(keys.next().map(|key| SuppliedKey { key_id, key }));
+        supplied.push(SuppliedKey { key_id, key });
     }
     Ok((stream, supplied))
 }

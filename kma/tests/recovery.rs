@@ -223,3 +223,47 @@ fn crashes_losses_and_cuts_never_use_a_bit_twice_nor_give_two_ends_different_key
     let average = served_over_all / seeds;
     assert!(average > 60, "only {average} keys a run");
 }
+
+#[test]
+fn what_nothing_rests_on_is_made_durable_with_the_next_thing_that_leaves() {
+    let mut net = two();
+    for id in 0..8 {
+        net.deliver_both("alice", "bob", id, 1024);
+    }
+    net.run(20);
+    let operations =
+        |net: &Network| ["alice", "bob"].map(|n| net.nodes[&node(n)].disk.operations());
+    let [alice, bob] = operations(&net);
+    let mut keys = Vec::new();
+    for _ in 0..5 {
+        keys.extend(net.supply("alice", "bob", 2, 256).unwrap());
+        net.drain();
+    }
+    // Bob knows them all, and has made nothing durable for it; alice has, before each answer.
+    let [alice_now, bob_now] = operations(&net);
+    assert_eq!(bob_now, bob);
+    assert!(alice_now >= alice + 5 * 2, "a write and a sync each");
+    assert_eq!(net.kma("bob").status().waiting_bindings, 10);
+    assert_eq!(net.kma("alice").status().outbox_bindings, 10);
+    // One answer, one step: with it the acknowledgement leaves.
+    let ids: Vec<_> = keys.iter().map(|key| key.key_id).collect();
+    net.fetch("bob", "alice", &ids[..1]).unwrap();
+    net.drain();
+    assert_eq!(net.kma("alice").status().outbox_bindings, 0);
+    // A crash before that would have lost nothing: alice says them again.
+    keys.extend(net.supply("alice", "bob", 2, 256).unwrap());
+    net.drain();
+    net.crash(&node("bob"));
+    net.start(&node("bob"));
+    net.run(20);
+    let ids: Vec<_> = keys.iter().map(|key| key.key_id).collect();
+    let fetched = net.fetch("bob", "alice", &ids[1..]).unwrap();
+    assert!(
+        fetched
+            .iter()
+            .zip(&keys[1..])
+            .all(|(a, b)| a.key.ct_eq(&b.key))
+    );
+    net.check_books();
+    check_ledgers(&net, &["alice", "bob"]);
+}

@@ -20,7 +20,6 @@
 
 mod counters;
 mod etsi014;
-mod json;
 mod profile;
 mod serve;
 mod stall;

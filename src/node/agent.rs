@@ -163,7 +163,11 @@ impl Agent {
             let timeout = self.around.clock.instant(self.kma.poll_timeout());
             let tick = tokio::time::sleep_until(timeout.into());
             tokio::select! {
-                () = super::until_stop(&mut sources.shutdown) => return self.commit(),
+                () = super::until_stop(&mut sources.shutdown) => {
+                    // A tick makes durable what could wait.
+                    self.handle(Input::Tick);
+                    return self.commit();
+                }
                 () = tick => {
                     self.orders.extend(self.later.drain(..));
                     self.handle(Input::Tick);

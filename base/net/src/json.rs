@@ -1,6 +1,9 @@
-//! The JSON objects of the signalling protocols, read strictly.
+//! JSON from outside, read strictly (RFC 8259).
 //!
-//! The documents name members as their tables print them ("Source KM ID") and give no JSON names; so
+//! [`parse`] reads one value and nothing after it: UTF-8, no member named twice in one object, no deep
+//! nesting. Which numbers are integers is decided by how they are written: `1.0` is none.
+//!
+//! [`Object`] is what the signalling protocols carry. The documents name members as their tables print them ("Source KM ID") and give no JSON names; so
 //! a member is found whether it is written that way, in snake_case or in camelCase. Names are
 //! *normalised*: lower case, without spaces, `_` and `-`. Two members that are the same after that
 //! are a duplicate, at any depth, and refuse the whole object.
@@ -12,6 +15,22 @@ use serde_json::{Deserializer, Map, Value};
 
 /// Deepest nesting of arrays and objects.
 pub const MAX_DEPTH: usize = 16;
+
+/// Reads exactly one value. Names of members are taken as they are written.
+///
+/// # Errors
+///
+/// Not strictly JSON; nothing of it can be used.
+pub fn parse(bytes: &[u8]) -> Result<Value, serde_json::Error> {
+    read(bytes, str::to_owned)
+}
+
+fn read(bytes: &[u8], name: fn(&str) -> String) -> Result<Value, serde_json::Error> {
+    let mut deserializer = Deserializer::from_slice(bytes);
+    let value = Strict { depth: 0, name }.deserialize(&mut deserializer)?;
+    deserializer.end()?;
+    Ok(value)
+}
 
 /// An object that was read strictly. Members that nobody asks for are ignored.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,10 +76,7 @@ impl Object {
     ///
     /// [`JsonError`]; nothing of the object can be used.
     pub fn parse(bytes: &[u8]) -> Result<Self, JsonError> {
-        let mut deserializer = Deserializer::from_slice(bytes);
-        let value = Strict { depth: 0 }.deserialize(&mut deserializer)?;
-        deserializer.end()?;
-        match value {
+        match read(bytes, normalised)? {
             Value::Object(members) => Ok(Self(members)),
             _ => Err(JsonError::NotAnObject),
         }
@@ -170,10 +186,12 @@ fn normalised(name: &str) -> String {
         .collect()
 }
 
-/// Builds a [`Value`] with normalised names, and refuses what [`Value`] itself would swallow.
+/// Builds a [`Value`], and refuses what [`Value`] itself would swallow.
 struct Strict {
     /// Arrays and objects around the value.
     depth: usize,
+    /// What a member is called in the value.
+    name: fn(&str) -> String,
 }
 
 impl Strict {
@@ -181,8 +199,10 @@ impl Strict {
         if self.depth == MAX_DEPTH {
             return Err(E::custom(format_args!("nested deeper than {MAX_DEPTH}")));
         }
-        let depth = self.depth + 1;
-        Ok(Self { depth })
+        Ok(Self {
+            depth: self.depth + 1,
+            name: self.name,
+        })
     }
 }
 
@@ -236,7 +256,7 @@ impl<'de> Visitor<'de> for Strict {
     fn visit_map<A: MapAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut all = Map::new();
         while let Some(name) = items.next_key::<String>()? {
-            let name = normalised(&name);
+            let name = (self.name)(&name);
             if all.contains_key(&name) {
                 // The name comes from outside: shortened, and nothing but printable ASCII.
                 let shown = name.escape_default().take(64).collect::<String>();
@@ -251,10 +271,38 @@ impl<'de> Visitor<'de> for Strict {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{parse as parse_any, *};
 
     fn parse(text: &str) -> Result<Object, String> {
         Object::parse(text.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn without_normalising_names_are_what_is_written_and_numbers_how() {
+        let text = br#" {"a":[1,-1,1.0,1e2,18446744073709551615,18446744073709551616],
+            "A":null,"a b":true,"d":"\u00e9"} "#;
+        let value = parse_any(text).unwrap();
+        assert_eq!((&value["A"], &value["a b"]), (&Value::Null, &true.into()));
+        assert_eq!(value["d"], "é");
+        let integers: Vec<_> = value["a"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(Value::as_u64)
+            .collect();
+        assert_eq!(integers, [Some(1), None, None, None, Some(u64::MAX), None]);
+        let refused: [&[u8]; 7] = [
+            b"",
+            b"{} {}",
+            b"{}x",
+            b"{\"a\":1,}",
+            b"\"\\ud800\"",
+            b"{\"a\":1,\"a\":1}",
+            b"{\"a\":1,\"\\u0061\":2}",
+        ];
+        for text in refused {
+            assert!(parse_any(text).is_err(), "{}", text.escape_ascii());
+        }
     }
 
     #[test]

@@ -91,7 +91,14 @@ impl Store {
 
     /// Takes spans that were planned: the mark moves, durably with the next commit.
     pub(crate) fn take(&mut self, stream: &StreamId, spans: &[KeySpan], purpose: Purpose) {
-        for &span in spans {
+        let joined = |a: &KeySpan, b: &KeySpan| {
+            a.segment == b.segment && a.end_bytes() == Some(b.offset_bytes)
+        };
+        for run in spans.chunk_by(joined) {
+            let span = KeySpan {
+                len_bytes: run.iter().map(|span| span.len_bytes).sum(),
+                ..run[0]
+            };
             self.record(Record::Taken {
                 stream: stream.clone(),
                 span,

@@ -1,14 +1,12 @@
 //! Requests of ETSI GS QKD 014 V1.1.1, read from query strings and JSON bodies.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use qkd_keyfile::{AppId, KeyBits, KsaKeyId, metadata::SecurityLevel};
+use qkd_net::json;
+use serde_json::{Map, Value};
 
-use crate::{
-    Profile, SupplyError,
-    json::{self, Json},
-    supply::EXTENSION_NOT_MET,
-};
+use crate::{Profile, SupplyError, supply::EXTENSION_NOT_MET};
 
 /// A key request (clause 6.2), within the limits of a profile.
 #[derive(Debug, PartialEq, Eq)]
@@ -172,11 +170,11 @@ pub(super) fn sae_id(text: &str) -> Result<AppId, FormError> {
     text.parse().map_err(|_| FormError::SaeId)
 }
 
-type Members = BTreeMap<String, Json>;
+type Members = Map<String, Value>;
 
 fn object(body: &[u8]) -> Result<Members, FormError> {
     match json::parse(body)? {
-        Json::Object(members) => Ok(members),
+        Value::Object(members) => Ok(members),
         _ => Err(FormError::NotAnObject),
     }
 }
@@ -191,18 +189,17 @@ fn nothing_left(members: &Members) -> Result<(), FormError> {
 fn integer(members: &mut Members, name: &'static str) -> Result<Option<u64>, FormError> {
     match members.remove(name) {
         None => Ok(None),
-        Some(Json::Integer(value)) => Ok(Some(value)),
-        Some(_) => Err(FormError::Type {
+        Some(value) => value.as_u64().map(Some).ok_or(FormError::Type {
             name,
             kind: "an integer",
         }),
     }
 }
 
-fn array(members: &mut Members, name: &'static str) -> Result<Vec<Json>, FormError> {
+fn array(members: &mut Members, name: &'static str) -> Result<Vec<Value>, FormError> {
     match members.remove(name) {
         None => Ok(Vec::new()),
-        Some(Json::Array(items)) => Ok(items),
+        Some(Value::Array(items)) => Ok(items),
         Some(_) => Err(FormError::Type {
             name,
             kind: "an array",
@@ -213,7 +210,7 @@ fn array(members: &mut Members, name: &'static str) -> Result<Vec<Json>, FormErr
 /// Extensions of key IDs are objects that no vendor has told us to understand.
 fn optional_object(members: &mut Members, name: &'static str) -> Result<(), FormError> {
     match members.remove(name) {
-        None | Some(Json::Object(_)) => Ok(()),
+        None | Some(Value::Object(_)) => Ok(()),
         Some(_) => Err(FormError::Type {
             name,
             kind: "an object",
@@ -221,14 +218,14 @@ fn optional_object(members: &mut Members, name: &'static str) -> Result<(), Form
     }
 }
 
-fn key_id(item: Json) -> Result<KsaKeyId, FormError> {
-    let Json::Object(mut members) = item else {
+fn key_id(item: Value) -> Result<KsaKeyId, FormError> {
+    let Value::Object(mut members) = item else {
         return Err(FormError::Type {
             name: "an item of key_IDs",
             kind: "an object",
         });
     };
-    let Some(Json::Text(id)) = members.remove("key_ID") else {
+    let Some(Value::String(id)) = members.remove("key_ID") else {
         return Err(FormError::KeyId);
     };
     optional_object(&mut members, "key_ID_extension")?;
@@ -240,7 +237,7 @@ fn sae_ids(members: &mut Members) -> Result<Vec<AppId>, FormError> {
     let ids = array(members, "additional_slave_SAE_IDs")?
         .into_iter()
         .map(|item| match item {
-            Json::Text(text) => sae_id(&text),
+            Value::String(text) => sae_id(&text),
             _ => Err(FormError::Type {
                 name: "an item of additional_slave_SAE_IDs",
                 kind: "a string",
@@ -256,7 +253,7 @@ fn sae_ids(members: &mut Members) -> Result<Vec<AppId>, FormError> {
 /// What the mandatory extensions ask for: all must be known before any is judged.
 ///
 /// `security_level` is ours: `"qkd"` or `"any"`, the lowest level that will do.
-fn mandatory_extensions(items: Vec<Json>) -> Result<SecurityLevel, FormError> {
+fn mandatory_extensions(items: Vec<Value>) -> Result<SecurityLevel, FormError> {
     let mut levels = Vec::new();
     let mut unsupported = Vec::new();
     for item in items {
@@ -274,17 +271,17 @@ fn mandatory_extensions(items: Vec<Json>) -> Result<SecurityLevel, FormError> {
         .into_iter()
         .try_fold(SecurityLevel::Any, |level, value| {
             let asked = match value {
-                Json::Text(text) if text == "qkd" => SecurityLevel::Qkd,
-                Json::Text(text) if text == "any" => SecurityLevel::Any,
+                Value::String(text) if text == "qkd" => SecurityLevel::Qkd,
+                Value::String(text) if text == "any" => SecurityLevel::Any,
                 _ => return Err(FormError::ExtensionNotMet),
             };
             Ok(level.max(asked))
         })
 }
 
-fn as_extension(item: Json, name: &'static str) -> Result<Members, FormError> {
+fn as_extension(item: Value, name: &'static str) -> Result<Members, FormError> {
     match item {
-        Json::Object(members) => Ok(members),
+        Value::Object(members) => Ok(members),
         _ => Err(FormError::Type {
             name,
             kind: "an array of objects",
