@@ -3,7 +3,7 @@
 //! that was acknowledged is lost.
 //!
 //! `QKD_CRASH=full cargo test -p qkd-kma --test crash -- --nocapture` is the run at full size; without
-//! it every family runs small.
+//! it every family runs small. `QKD_CRASH_SEED=7` is another history and another sample.
 #![allow(
     clippy::unwrap_used,
     clippy::missing_panics_doc,
@@ -37,6 +37,11 @@ fn full() -> bool {
     std::env::var_os("QKD_CRASH").is_some_and(|size| size == "full")
 }
 
+/// Where the runs begin: another number is another history, and another sample.
+fn seed() -> usize {
+    std::env::var("QKD_CRASH_SEED").map_or(0, |seed| seed.parse().unwrap())
+}
+
 /// The victim: does nothing unless it is called by one of the others.
 #[test]
 fn child() {
@@ -57,14 +62,18 @@ fn a_death_at_any_step_of_any_operation_loses_nothing_that_was_acknowledged() {
     let rounds = if full() { 8 } else { 1 };
     for (at, victim) in NAMES.into_iter().enumerate() {
         let dir = TempDir::new().unwrap();
-        let mut world = World::new(victim, dir.path(), at as u64 + 1, &Wrapper::new());
+        let mut world = World::new(victim, dir.path(), (seed() + at) as u64, &Wrapper::new());
         for _ in 0..60 {
             world.live();
         }
         for nth in 0..rounds {
             let points = OPERATIONS.iter().flat_map(|o| STEPS.map(|step| (*o, step)));
             // A small run shares them out among the victims.
-            let (first, every) = if full() { (0, 1) } else { (at, 8) };
+            let (first, every) = if full() {
+                (0, 1)
+            } else {
+                ((seed() + at) % 8, 8)
+            };
             for (operation, step) in points.skip(first).step_by(every) {
                 let deaths = world.deaths;
                 let fail = Order::FailAt(operation.to_owned(), step.to_owned(), 1 + nth % 3);
@@ -96,7 +105,7 @@ fn kill_9_at_random_moments_under_load_loses_nothing_that_was_acknowledged() {
         let mut world = World::new(
             NAMES[run % 3],
             dir.path(),
-            100 + run as u64,
+            (100 + seed() + run) as u64,
             &Wrapper::new(),
         );
         while world.deaths < kills {
@@ -145,7 +154,7 @@ fn a_death_in_any_system_call_loses_nothing_that_was_acknowledged() {
     let step = if full() { 1 } else { 120 };
     let mut pairs = 0;
     for call in SYSTEM_CALLS {
-        for n in (1..).step_by(step) {
+        for n in (1 + seed() % step..).step_by(step) {
             let dir = TempDir::new().unwrap();
             let wrapper: Wrapper = [
                 "strace",
@@ -234,7 +243,7 @@ fn a_power_cut_of_a_real_file_system_loses_nothing_that_was_acknowledged() {
         let mut world = World::new(
             NAMES[run % 3],
             &disk.mounted,
-            500 + run as u64,
+            (500 + seed() + run) as u64,
             &Wrapper::new(),
         );
         for _ in 0..cuts {

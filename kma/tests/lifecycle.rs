@@ -5,10 +5,10 @@ mod common;
 
 use std::{fs, path::Path, time::Duration};
 
-use common::{Network, chain, check_ledgers, feed, node, three};
+use common::{Network, chain, check_ledgers, feed, node, three, with_policy};
 use qkd_keyfile::{LinkId, SegmentNumber, StreamId, UnixTime};
 use qkd_kma::{
-    BurnReason, Purpose, Record, SupplyError,
+    BurnReason, Purpose, Record, RelayPolicy, RelayScheme, SupplyError,
     store::{KeyRef, Retention, Store, Trace, trace},
     vault::{JournalView, KekSource, LmdbOptions, StoreView, VaultError, open_lmdb},
 };
@@ -127,6 +127,38 @@ fn a_key_is_traced_over_a_relay_to_qkd_keys_and_back_also_through_archives() {
         assert!(story.origins.iter().any(under), "{other}");
     }
     assert!(traced(dir.path(), "alice", "no-such-key").keys.is_empty());
+}
+
+#[test]
+fn a_unit_that_is_a_link_key_is_traced_to_the_bits_that_were_reserved_for_it() {
+    let dir = TempDir::new().unwrap();
+    let policy = RelayPolicy {
+        scheme: RelayScheme::LinkKey,
+        ..RelayPolicy::default()
+    };
+    let mut net = Network::new(with_policy(chain(&NAMES, 4096), &policy), 17);
+    net.start_all();
+    let mut net = on_disk(net, dir.path(), &NAMES);
+    feed(&mut net, 0, 24);
+    net.run(40);
+    let keys = net.supply("alice", "bob", 1, 256).unwrap();
+    net.fetch("bob", "alice", &[keys[0].key_id]).unwrap();
+    let story = traced(dir.path(), "alice", &keys[0].key_id.to_string());
+    let reserved = |key: &KeyRef| matches!(key, KeyRef::KmaKey(stream, _) if *stream == link("alice", "relay"));
+    assert!(story.origins.iter().any(reserved), "{story:?}");
+    let of = |kind: fn(&KeyRef) -> bool| story.origins.iter().find(|key| kind(key));
+    let Some(KeyRef::QkdKey(qkd_key)) = of(|key| matches!(key, KeyRef::QkdKey(_))) else {
+        panic!("no QKD-key");
+    };
+    let Some(KeyRef::Unit(unit)) = of(|key| matches!(key, KeyRef::Unit(_))) else {
+        panic!("no unit");
+    };
+    let below = traced(dir.path(), "alice", &qkd_key.to_string());
+    assert!(below.derived.contains(&KeyRef::KsaKey(keys[0].key_id)));
+    // The way station never stored the unit, and knows what was reserved for it.
+    let story = traced(dir.path(), "relay", &unit.to_string());
+    assert_eq!(story.keys, [KeyRef::Unit(*unit)].into());
+    assert!(story.origins.iter().any(reserved));
 }
 
 #[test]

@@ -6,6 +6,8 @@
 //! messages and answers back until then, so "the mark moves past a range on disk before any byte of
 //! it is used" holds by construction, and a crash loses at most the operations of one batch.
 
+#[doc(hidden)]
+mod bench;
 mod compact;
 mod follow;
 mod ledger;
@@ -36,6 +38,8 @@ use crate::{
     vault::{RowId, Vault, VaultError},
 };
 
+#[doc(hidden)]
+pub use bench::Bench;
 pub use compact::JOURNAL_LIMIT_BYTES;
 pub use follow::FollowError;
 pub use ledger::{LedgerError, read_ledger};

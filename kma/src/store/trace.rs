@@ -25,6 +25,8 @@ pub enum KeyRef {
     QkdKey(QkdKeyName),
     /// A KMA-key: a segment of a link, or a relayed unit.
     KmaKey(StreamId, SegmentNumber),
+    /// A relayed unit that link bits were reserved for, also where it is never stored.
+    Unit(KmaKeyId),
     /// A key that was given to applications.
     KsaKey(KsaKeyId),
 }
@@ -34,6 +36,7 @@ impl fmt::Display for KeyRef {
         match self {
             Self::QkdKey(name) => write!(f, "QKD-key {name}"),
             Self::KmaKey(stream, number) => write!(f, "KMA-key {stream}/{number}"),
+            Self::Unit(id) => write!(f, "unit {id}"),
             Self::KsaKey(id) => write!(f, "KSA-key {id}"),
         }
     }
@@ -113,6 +116,16 @@ impl Query {
                 unit_stream, unit, ..
             } if self.is_segment(unit_stream, *unit) => {
                 into.insert(KeyRef::KmaKey(unit_stream.clone(), *unit));
+            }
+            Record::Taken {
+                purpose: Purpose::Relay(unit),
+                ..
+            }
+            | Record::Followed {
+                purpose: Purpose::Relay(unit),
+                ..
+            } if self.kma_key == Some(*unit) => {
+                into.insert(KeyRef::Unit(*unit));
             }
             Record::Bound { binding, .. } | Record::BindingReceived { binding, .. }
                 if self.ksa_key == Some(binding.key_id) =>
@@ -227,6 +240,27 @@ fn names_of(composition: &Composition) -> impl Iterator<Item = QkdKeyName> {
 /// From what a key was made, or what it was carried under, to the key.
 fn for_each_link(record: &Record, link: &mut dyn FnMut(KeyRef, KeyRef)) {
     match record {
+        Record::Taken {
+            stream,
+            span,
+            purpose: Purpose::Relay(unit),
+        }
+        | Record::Followed {
+            stream,
+            span,
+            purpose: Purpose::Relay(unit),
+        } => {
+            let reserved = KeyRef::KmaKey(stream.clone(), span.segment);
+            link(reserved, KeyRef::Unit(*unit));
+        }
+        Record::Stored {
+            stream: stream @ StreamId::EndToEnd { .. },
+            segment,
+            body,
+        } => {
+            let stored = KeyRef::KmaKey(stream.clone(), *segment);
+            link(KeyRef::Unit(body.kma_key_id), stored);
+        }
         Record::Proposed {
             stream, segment, ..
         }
@@ -407,11 +441,13 @@ impl<'a> Story<'a> {
                 let what = match purpose {
                     Purpose::Burn(_) => "burned",
                     Purpose::Supply => "cut for supply",
-                    _ => "used as pad",
+                    Purpose::Relay(_) => "reserved for a relay",
+                    Purpose::Pad => "used as pad",
                 };
                 let end = span.end_bytes().unwrap_or(u32::MAX);
                 let why = match purpose {
                     Purpose::Burn(reason) => format!(", {reason:?}"),
+                    Purpose::Relay(unit) => format!(", unit {unit}"),
                     _ => String::new(),
                 };
                 (what, format!("bytes {} to {end}{why}", span.offset_bytes))

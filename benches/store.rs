@@ -1,0 +1,148 @@
+//! Does the cost of a key depend on how many are in stock?
+//!
+//! Taking, following and confirming with 10^3, 10^6 and 10^7 keys of 256 bits in stock, in segments of
+//! 4 KiB (relayed units), over LMDB. The smallest stock is the rival of the largest. The store lies in
+//! memory (`/dev/shm`) where that is, so that the time is the program's and not the disk's; every 64
+//! operations are one commit, which is part of the time. `confirm` is per segment: 128 keys.
+//!
+//! Before each size the bench prints the memory that the process took for the stock, per segment and per
+//! key: `RAM_BYTES_PER_SEGMENT` rests on it.
+#![allow(missing_docs, reason = "a bench")]
+#![allow(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use qkd_kma::{
+    store::{Bench, RAM_BYTES_PER_SEGMENT},
+    vault::{KekSource, LmdbOptions, open_lmdb},
+};
+use qkd_secmem::{Locking, Pool, PoolConfig};
+use zeroize::Zeroizing;
+
+/// One application's key, the largest of what the issue asks for, and what lies between.
+const KEYS: [u64; 3] = [1_000, 1_000_000, 10_000_000];
+const KEY_BYTES: u32 = 32;
+const SEGMENT_BYTES: u32 = 4096;
+const COMMIT_EVERY: u64 = 64;
+
+fn folder() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() {
+        tempfile::TempDir::new_in(memory).unwrap()
+    } else {
+        tempfile::TempDir::new().unwrap()
+    }
+}
+
+/// Private memory of this process, in bytes.
+fn private_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|kib| kib.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        * 1024
+}
+
+/// Operations that are carried out at a time; criterion may ask for more, and is told in proportion.
+const AT_ONCE: u64 = 4096;
+
+/// Time of `count` operations with their commits.
+fn timed(bench: &mut Bench, count: u64, mut operation: impl FnMut(&mut Bench)) -> Duration {
+    let done = count.min(AT_ONCE);
+    let start = Instant::now();
+    for at in 1..=done {
+        operation(bench);
+        if at % COMMIT_EVERY == 0 {
+            bench.commit().unwrap();
+        }
+    }
+    bench.commit().unwrap();
+    start.elapsed().mul_f64(count as f64 / done as f64)
+}
+
+fn store(c: &mut Criterion) {
+    for keys in KEYS {
+        let test_run = std::env::args().any(|arg| arg == "--test");
+        if test_run && keys > 1_000_000 {
+            continue;
+        }
+        let dir = folder();
+        let kek = KekSource::Raw(Zeroizing::new([1; 32]));
+        let options = LmdbOptions { max_bytes: 4 << 30 };
+        let pool = Pool::new(PoolConfig {
+            capacity_bytes: 4 << 20,
+            locking: Locking::Unlocked,
+        });
+        let segments = (keys * u64::from(KEY_BYTES))
+            .div_ceil(u64::from(SEGMENT_BYTES))
+            .max(8);
+        let before = private_bytes();
+        let vault = Box::new(open_lmdb(&dir.path().join("store"), &kek, options).unwrap());
+        let mut bench = Bench::new(vault, pool.unwrap(), segments, SEGMENT_BYTES).unwrap();
+        let grown = private_bytes().saturating_sub(before);
+        println!(
+            "{keys} keys in {segments} segments: {grown} bytes of memory, {} per segment, {:.1} per \
+             key; documented {RAM_BYTES_PER_SEGMENT} per segment",
+            grown / segments,
+            grown as f64 / keys as f64
+        );
+        let mut group = c.benchmark_group("store");
+        group.throughput(Throughput::Elements(1));
+        group.sample_size(20);
+        group.measurement_time(Duration::from_secs(2));
+        group.warm_up_time(Duration::from_millis(300));
+        // What a measurement takes is put back, so that the stock stays as large as it is called.
+        group.bench_function(BenchmarkId::new("confirm", keys), |b| {
+            b.iter_custom(|count| {
+                let segments = count.min(AT_ONCE);
+                for _ in 0..segments {
+                    bench.answer().unwrap();
+                }
+                bench.commit().unwrap();
+                let time = timed(&mut bench, count, Bench::confirm);
+                bench.forget_newest(segments);
+                bench.commit().unwrap();
+                time
+            });
+        });
+        let refill = |bench: &mut Bench, count: u64| {
+            let per_segment = u64::from(SEGMENT_BYTES / KEY_BYTES);
+            for _ in 0..2 * count.min(AT_ONCE).div_ceil(per_segment) {
+                bench.answer().unwrap();
+                bench.confirm();
+            }
+            bench.commit().unwrap();
+        };
+        group.bench_function(BenchmarkId::new("take", keys), |b| {
+            b.iter_custom(|count| {
+                refill(&mut bench, count);
+                timed(&mut bench, count, |bench| bench.take(KEY_BYTES))
+            });
+        });
+        group.bench_function(BenchmarkId::new("read and take", keys), |b| {
+            b.iter_custom(|count| {
+                refill(&mut bench, count);
+                timed(&mut bench, count, |bench| {
+                    bench.read(KEY_BYTES);
+                    bench.take(KEY_BYTES);
+                })
+            });
+        });
+        group.bench_function(BenchmarkId::new("follow", keys), |b| {
+            b.iter_custom(|count| {
+                refill(&mut bench, count);
+                timed(&mut bench, count, |bench| bench.follow(KEY_BYTES))
+            });
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, store);
+criterion_main!(benches);
