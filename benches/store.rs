@@ -3,7 +3,9 @@
 //! Taking, following and confirming with 10^3, 10^6 and 10^7 keys of 256 bits in stock, in segments of
 //! 4 KiB (relayed units), over LMDB. The smallest stock is the rival of the largest. The store lies in
 //! memory (`/dev/shm`) where that is, so that the time is the program's and not the disk's; every 64
-//! operations are one commit, which is part of the time. `confirm` is per segment: 128 keys.
+//! operations are one commit, which is part of the time, as is the end of segments that are used up.
+//! What a measurement takes is put back between, so that the stock stays as large as it is called.
+//! `confirm` is per segment: 128 keys.
 //!
 //! Before each size the bench prints the memory that the process took for the stock, per segment and per
 //! key: `RAM_BYTES_PER_SEGMENT` rests on it.
@@ -49,21 +51,52 @@ fn private_bytes() -> u64 {
         * 1024
 }
 
-/// Operations that are carried out at a time; criterion may ask for more, and is told in proportion.
+/// Operations for which a stock is made ready at a time.
 const AT_ONCE: u64 = 4096;
 
-/// Time of `count` operations with their commits.
-fn timed(bench: &mut Bench, count: u64, mut operation: impl FnMut(&mut Bench)) -> Duration {
-    let done = count.min(AT_ONCE);
-    let start = Instant::now();
-    for at in 1..=done {
-        operation(bench);
-        if at % COMMIT_EVERY == 0 {
-            bench.commit().unwrap();
+/// Time of `count` operations with their commits; what `ready` does for them is left out.
+fn timed(
+    bench: &mut Bench,
+    count: u64,
+    ready: impl Fn(&mut Bench, u64),
+    mut operation: impl FnMut(&mut Bench),
+) -> Duration {
+    let mut time = Duration::ZERO;
+    let mut left = count;
+    while left > 0 {
+        let now = left.min(AT_ONCE);
+        ready(bench, now);
+        let start = Instant::now();
+        for at in 1..=now {
+            operation(bench);
+            if at % COMMIT_EVERY == 0 {
+                bench.commit().unwrap();
+            }
         }
+        bench.commit().unwrap();
+        time += start.elapsed();
+        left -= now;
+    }
+    time
+}
+
+/// Segments that wait for their confirmation; those of the last time go.
+fn answered(bench: &mut Bench, count: u64) {
+    bench.forget_confirmed_beyond_stock();
+    for _ in 0..count {
+        bench.answer().unwrap();
     }
     bench.commit().unwrap();
-    start.elapsed().mul_f64(count as f64 / done as f64)
+}
+
+/// As much key at either end as will be used.
+fn refill(bench: &mut Bench, count: u64) {
+    let per_segment = u64::from(SEGMENT_BYTES / KEY_BYTES);
+    for _ in 0..2 * count.div_ceil(per_segment) {
+        bench.answer().unwrap();
+        bench.confirm();
+    }
+    bench.commit().unwrap();
 }
 
 fn store(c: &mut Criterion) {
@@ -94,41 +127,20 @@ fn store(c: &mut Criterion) {
         );
         let mut group = c.benchmark_group("store");
         group.throughput(Throughput::Elements(1));
-        group.sample_size(20);
-        group.measurement_time(Duration::from_secs(2));
+        group.sample_size(10);
+        group.measurement_time(Duration::from_secs(1));
         group.warm_up_time(Duration::from_millis(300));
-        // What a measurement takes is put back, so that the stock stays as large as it is called.
         group.bench_function(BenchmarkId::new("confirm", keys), |b| {
-            b.iter_custom(|count| {
-                let segments = count.min(AT_ONCE);
-                for _ in 0..segments {
-                    bench.answer().unwrap();
-                }
-                bench.commit().unwrap();
-                let time = timed(&mut bench, count, Bench::confirm);
-                bench.forget_newest(segments);
-                bench.commit().unwrap();
-                time
-            });
+            b.iter_custom(|count| timed(&mut bench, count, answered, Bench::confirm));
         });
-        let refill = |bench: &mut Bench, count: u64| {
-            let per_segment = u64::from(SEGMENT_BYTES / KEY_BYTES);
-            for _ in 0..2 * count.min(AT_ONCE).div_ceil(per_segment) {
-                bench.answer().unwrap();
-                bench.confirm();
-            }
-            bench.commit().unwrap();
-        };
+        bench.forget_confirmed_beyond_stock();
+        bench.commit().unwrap();
         group.bench_function(BenchmarkId::new("take", keys), |b| {
-            b.iter_custom(|count| {
-                refill(&mut bench, count);
-                timed(&mut bench, count, |bench| bench.take(KEY_BYTES))
-            });
+            b.iter_custom(|count| timed(&mut bench, count, refill, |bench| bench.take(KEY_BYTES)));
         });
         group.bench_function(BenchmarkId::new("read and take", keys), |b| {
             b.iter_custom(|count| {
-                refill(&mut bench, count);
-                timed(&mut bench, count, |bench| {
+                timed(&mut bench, count, refill, |bench| {
                     bench.read(KEY_BYTES);
                     bench.take(KEY_BYTES);
                 })
@@ -136,8 +148,7 @@ fn store(c: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("follow", keys), |b| {
             b.iter_custom(|count| {
-                refill(&mut bench, count);
-                timed(&mut bench, count, |bench| bench.follow(KEY_BYTES))
+                timed(&mut bench, count, refill, |bench| bench.follow(KEY_BYTES))
             });
         });
         group.finish();

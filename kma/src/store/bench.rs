@@ -24,6 +24,8 @@ pub struct Bench {
     segment_bytes: u32,
     stored: u64,
     confirmed: u64,
+    /// Those before are the stock, or were used.
+    made: u64,
     /// Where the other end is with its segments.
     followed: (u64, u32),
 }
@@ -52,6 +54,7 @@ impl Bench {
             segment_bytes,
             stored: 0,
             confirmed: 0,
+            made: 0,
             followed: (1, 0),
         };
         for at in 0..segments {
@@ -62,6 +65,7 @@ impl Bench {
             }
         }
         bench.commit()?;
+        bench.made = bench.confirmed;
         Ok(bench)
     }
 
@@ -135,11 +139,12 @@ impl Bench {
         assert!(key.is_ok_and(|key| key.expose()[0] == 0x5A));
     }
 
-    /// Forgets the newest segments, whole.
-    pub fn forget_newest(&mut self, count: u64) {
-        for number in self.stored - count..self.stored {
+    /// Forgets the segments that were confirmed after the stock was made, whole.
+    pub fn forget_confirmed_beyond_stock(&mut self) {
+        for number in self.made..self.confirmed {
             self.store.close(&self.stream, SegmentNumber(number));
         }
+        self.made = self.confirmed;
     }
 
     /// Closes what is used up, and makes everything durable.
