@@ -24,14 +24,20 @@ impl SystemClock {
 
 impl Clock for SystemClock {
     fn now(&self) -> Now {
-        let unix = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or(Duration::ZERO);
         Now {
             mono: Mono(self.0.elapsed()),
-            unix: UnixTime(i64::try_from(unix.as_nanos()).unwrap_or(i64::MAX)),
+            unix: unix_now(),
         }
     }
+}
+
+/// The machine's time of day.
+#[must_use]
+pub fn unix_now() -> UnixTime {
+    let unix = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
+    UnixTime(i64::try_from(unix.as_nanos()).unwrap_or(i64::MAX))
 }
 
 /// The operating system's generator.

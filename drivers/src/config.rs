@@ -8,6 +8,7 @@ use crate::{
     advice::Advice,
     directory::{DirectoryConfig, DirectorySource},
     openers::CustomConfig,
+    records::Limits,
     serial::{SerialConfig, SerialSource},
     shared_memory::{SharedMemoryConfig, SharedMemorySource},
     source::KeySource,
@@ -43,6 +44,18 @@ impl DriverConfig {
             Self::SharedMemory(config) => &mut config.socket,
             // Which of its settings are paths only the driver knows.
             Self::Custom(config) => &mut config.folder,
+        }
+    }
+
+    /// When the module's values count as out of range.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        match self {
+            Self::Serial(config) => config.limits,
+            Self::SharedMemory(config) => config.limits,
+            Self::Custom(config) => config.limits,
+            // Files tell no values.
+            Self::Directory(_) => Limits::default(),
         }
     }
 

@@ -6,10 +6,12 @@ use qkd_handover::{
     r10::{self, R10Error},
     ring::RingFault,
     serial::FrameError,
-    status::{ModuleState, StatusError},
+    status::{self, ModuleState, StatusError},
     type7::Type7Error,
 };
 use qkd_keyfile::{KeyFileError, QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
+
+pub use qkd_handover::status::{Band, Severity};
 
 /// Something that happened at a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,35 +82,47 @@ impl KeyBlock {
 }
 
 /// A measured value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metric {
     /// What was measured.
     pub value: Value,
-    /// Where it lies.
+    /// Where it lies, by the module's own word or by configured [`Limits`](crate::Limits): the worse.
     pub band: Band,
 }
 
 /// What a module measures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Value {
     /// Quantum bit error rate, in parts per million.
     QberPpm(u32),
     /// Secret key rate, in bits per second.
     KeyRateBitsPerS(u64),
+    /// Visibility of the interference, in parts per million.
+    VisibilityPpm(u32),
     /// Temperature, in thousandths of a degree Celsius.
     TemperatureMilliCelsius(i32),
+    /// Anything else.
+    Other {
+        /// What, with its unit, such as `laser_ma`.
+        name: String,
+        /// The decimal number, as the module wrote it.
+        value: String,
+    },
 }
 
-/// Where a value lies, by the module's own word or by configured [`Limits`](crate::Limits).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Band {
-    /// As it should be.
-    Ok,
-    /// Outside the range of normal operation: a warning.
-    OperationOutOfRange,
-    /// Outside the range in which the module's keys can be trusted.
-    AbsoluteOutOfRange,
+impl Value {
+    /// The value's name, the same for every value of its kind.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::QberPpm(_) => status::QBER,
+            Self::KeyRateBitsPerS(_) => status::KEY_RATE,
+            Self::VisibilityPpm(_) => status::VISIBILITY,
+            Self::TemperatureMilliCelsius(_) => status::TEMPERATURE,
+            Self::Other { name, .. } => name,
+        }
+    }
 }
 
 /// Something that an operator should know.
@@ -124,6 +138,11 @@ pub struct Alarm {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AlarmCode {
+    /// The module itself raised it; it comes with every status for as long as it lasts.
+    Module {
+        /// The vendor's code.
+        code: String,
+    },
     /// A bad hand-over file could not be moved to the quarantine folder. It is left where it is and
     /// ignored until it changes.
     CannotQuarantine {
@@ -162,19 +181,6 @@ pub enum AlarmCode {
         /// The operating system's reason.
         error: std::io::ErrorKind,
     },
-}
-
-/// How bad an alarm is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Severity {
-    /// Good to know.
-    Info,
-    /// Keys still flow.
-    Warning,
-    /// Keys are lost or do not flow.
-    Error,
-    /// The security of keys is in question.
-    Security,
 }
 
 /// Why a block was not delivered.

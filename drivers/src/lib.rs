@@ -56,11 +56,9 @@ mod waiting;
 
 pub use config::{DriverConfig, OpenError};
 pub use directory::DirectoryConfig;
-pub use event::{
-    Alarm, AlarmCode, Band, CorruptReason, DetachReason, Event, KeyBlock, Metric, Severity, Value,
-};
+pub use event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event, KeyBlock, Metric, Value};
 pub use openers::{CustomConfig, Openers, SettingsError};
-pub use qkd_handover::status::ModuleState;
+pub use qkd_handover::status::{Band, ModuleState, Severity};
 pub use records::Limits;
 pub use serial::SerialConfig;
 pub use shared_memory::SharedMemoryConfig;

@@ -6,6 +6,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
     config::{DriverConfig, OpenError},
+    records::Limits,
     source::KeySource,
 };
 
@@ -23,6 +24,9 @@ pub struct CustomConfig {
     /// Folder from which relative paths among the settings are taken.
     #[serde(skip)]
     pub folder: PathBuf,
+    /// When the module's values count as out of range.
+    #[serde(default)]
+    pub limits: Limits,
     /// Everything else in the entry.
     #[serde(flatten)]
     pub settings: toml::Table,

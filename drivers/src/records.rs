@@ -4,20 +4,21 @@ use std::collections::VecDeque;
 
 use qkd_handover::{
     block::BlockHeader,
-    status::{ModuleState, Status},
+    status::{Band, KEY_RATE, QBER, Severity, Status, TEMPERATURE, VISIBILITY},
 };
 use qkd_keyfile::{ModuleId, metadata::QkdKeyMetadata};
 use serde::Deserialize;
 
-use crate::event::{Band, Event, KeyBlock, Metric, Value};
+use crate::event::{Alarm, AlarmCode, Event, KeyBlock, Metric, Value};
 
 /// Up to where a module's values are as they should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Quantum bit error rate above which operation is out of its normal range, in parts per million.
+    /// Quantum bit error rate from which on operation is out of its normal range, in parts per million.
     pub qber_warning_ppm: u32,
-    /// Quantum bit error rate above which keys cannot be trusted, in parts per million.
+    /// Quantum bit error rate from which on keys cannot be trusted, in parts per million: the node
+    /// takes none from the module until it tells a lower one.
     pub qber_absolute_ppm: u32,
 }
 
@@ -33,10 +34,12 @@ impl Default for Limits {
 }
 
 impl Limits {
-    const fn band(&self, qber_ppm: u32) -> Band {
-        if qber_ppm > self.qber_absolute_ppm {
+    /// Where a quantum bit error rate lies.
+    #[must_use]
+    pub const fn qber_band(&self, qber_ppm: u32) -> Band {
+        if qber_ppm >= self.qber_absolute_ppm {
             Band::AbsoluteOutOfRange
-        } else if qber_ppm > self.qber_warning_ppm {
+        } else if qber_ppm >= self.qber_warning_ppm {
             Band::OperationOutOfRange
         } else {
             Band::Ok
@@ -46,7 +49,7 @@ impl Limits {
     pub(crate) const fn qber(&self, qber_ppm: u32) -> Event {
         Event::Metric(Metric {
             value: Value::QberPpm(qber_ppm),
-            band: self.band(qber_ppm),
+            band: self.qber_band(qber_ppm),
         })
     }
 }
@@ -70,28 +73,48 @@ pub(crate) fn key_block(
     }
 }
 
-/// One event for every line of a status.
+/// One event for each thing that a status says. The worse of the module's own judgement and of the
+/// limits is a value's band.
 pub(crate) fn tell_status(status: &Status, limits: &Limits, events: &mut VecDeque<Event>) {
-    let ok = |value| {
-        Event::Metric(Metric {
-            value,
-            band: Band::Ok,
+    events.extend(status.state.map(Event::State));
+    let mut tell = |name: &str, value: Value| {
+        let own = match value {
+            Value::QberPpm(ppm) => limits.qber_band(ppm),
+            _ => Band::Ok,
+        };
+        let band = own.max(status.band(name));
+        events.push_back(Event::Metric(Metric { value, band }));
+    };
+    if let Some(ppm) = status.qber_ppm {
+        tell(QBER, Value::QberPpm(ppm));
+    }
+    if let Some(rate) = status.key_rate_bits_per_s {
+        tell(KEY_RATE, Value::KeyRateBitsPerS(rate));
+    }
+    if let Some(ppm) = status.visibility_ppm {
+        tell(VISIBILITY, Value::VisibilityPpm(ppm));
+    }
+    if let Some(temperature) = status.temperature_milli_celsius {
+        tell(TEMPERATURE, Value::TemperatureMilliCelsius(temperature));
+    }
+    for (name, value) in &status.metrics {
+        let (name, value) = (name.clone(), value.clone());
+        tell(&format!("metric.{name}"), Value::Other { name, value });
+    }
+    let alarm = |(code, severity): &(String, Severity)| {
+        let code = AlarmCode::Module { code: code.clone() };
+        Event::Alarm(Alarm {
+            code,
+            severity: *severity,
         })
     };
-    let Status {
-        state,
-        qber_ppm,
-        key_rate_bits_per_s,
-        temperature_milli_celsius,
-    } = *status;
-    events.extend(state.map(|state: ModuleState| Event::State(state)));
-    events.extend(qber_ppm.map(|ppm| limits.qber(ppm)));
-    events.extend(key_rate_bits_per_s.map(|rate| ok(Value::KeyRateBitsPerS(rate))));
-    events.extend(temperature_milli_celsius.map(|t| ok(Value::TemperatureMilliCelsius(t))));
+    events.extend(status.alarms.iter().map(alarm));
 }
 
 #[cfg(test)]
 mod tests {
+    use qkd_handover::status::ModuleState;
+
     use super::*;
 
     #[test]
@@ -100,7 +123,13 @@ mod tests {
             state: Some(ModuleState::Running),
             qber_ppm: Some(120_000),
             key_rate_bits_per_s: Some(7),
-            temperature_milli_celsius: None,
+            metrics: vec![("laser_ma".to_owned(), "31.5".to_owned())],
+            bands: vec![
+                (QBER.to_owned(), Band::Ok),
+                ("metric.laser_ma".to_owned(), Band::OperationOutOfRange),
+            ],
+            alarms: vec![("heat".to_owned(), Severity::Warning)],
+            ..Status::default()
         };
         let mut events = VecDeque::new();
         tell_status(&status, &Limits::default(), &mut events);
@@ -111,14 +140,27 @@ mod tests {
                 Event::State(ModuleState::Running),
                 metric(Value::QberPpm(120_000), Band::AbsoluteOutOfRange),
                 metric(Value::KeyRateBitsPerS(7), Band::Ok),
+                metric(
+                    Value::Other {
+                        name: "laser_ma".to_owned(),
+                        value: "31.5".to_owned(),
+                    },
+                    Band::OperationOutOfRange
+                ),
+                Event::Alarm(Alarm {
+                    code: AlarmCode::Module {
+                        code: "heat".to_owned()
+                    },
+                    severity: Severity::Warning,
+                }),
             ]
         );
     }
 
     #[test]
-    fn bands_begin_above_their_limits() {
+    fn bands_begin_at_their_limits() {
         let limits = Limits::default();
-        let bands = [0, 80_000, 80_001, 110_000, 110_001].map(|ppm| limits.band(ppm));
+        let bands = [0, 79_999, 80_000, 109_999, 110_000].map(|ppm| limits.qber_band(ppm));
         let (warning, absolute) = (Band::OperationOutOfRange, Band::AbsoluteOutOfRange);
         assert_eq!(bands, [Band::Ok, Band::Ok, warning, warning, absolute]);
     }

@@ -184,8 +184,8 @@ impl<'a> Feed<'a> {
 
     /// What the module says of itself now.
     pub(crate) fn status(&mut self) -> Status {
-        let (status, visibility_ppm) = self.script.status(self.now_s());
-        self.stats.set_status(status, visibility_ppm);
+        let status = self.script.status(self.now_s());
+        self.stats.set_status(status.clone());
         status
     }
 

@@ -30,8 +30,8 @@ pub(crate) trait Script: Send {
     /// What goes wrong with it at this half.
     fn fault(&self, moment: &Moment) -> Option<Fault>;
 
-    /// What the module says of itself at a simulated time, and its visibility in parts per million.
-    fn status(&self, at_s: f64) -> (Status, Option<u32>);
+    /// What the module says of itself at a simulated time.
+    fn status(&self, at_s: f64) -> Status;
 
     /// What happens, in order.
     fn events(&self) -> &[EventConfig];
@@ -80,15 +80,16 @@ impl Script for HalfScript {
         self.half.fault_here(moment)
     }
 
-    fn status(&self, at_s: f64) -> (Status, Option<u32>) {
+    fn status(&self, at_s: f64) -> Status {
         let now = self.timeline.weather().at(at_s);
-        let status = Status {
+        Status {
             state: Some(now.state),
             qber_ppm: now.qber_ppm,
             key_rate_bits_per_s: self.timeline.rate(&now).map(whole),
+            visibility_ppm: now.visibility_ppm,
             temperature_milli_celsius: Some(now.temperature_milli_celsius),
-        };
-        (status, now.visibility_ppm)
+            ..Status::default()
+        }
     }
 
     fn events(&self) -> &[EventConfig] {

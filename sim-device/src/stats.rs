@@ -31,7 +31,6 @@ pub struct Stats {
 #[derive(Debug, Default)]
 struct Told {
     status: Status,
-    visibility_ppm: Option<u32>,
     notes: VecDeque<Note>,
 }
 
@@ -65,7 +64,7 @@ pub enum NoteKind {
 }
 
 /// [`Stats`] at one moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Someone listens.
     pub connected: bool,
@@ -87,8 +86,6 @@ pub struct Snapshot {
     pub events: u64,
     /// What the module says of itself.
     pub status: Status,
-    /// Visibility of its interference, in parts per million.
-    pub visibility_ppm: Option<u32>,
 }
 
 impl Stats {
@@ -107,8 +104,7 @@ impl Stats {
             delivered_bits: get(&self.delivered_bits),
             faults: get(&self.faults),
             events: get(&self.events),
-            status: told.status,
-            visibility_ppm: told.visibility_ppm,
+            status: told.status.clone(),
         }
     }
 
@@ -131,10 +127,8 @@ impl Stats {
         told.notes.push_back(note);
     }
 
-    pub(crate) fn set_status(&self, status: Status, visibility_ppm: Option<u32>) {
-        let mut told = self.told();
-        told.status = status;
-        told.visibility_ppm = visibility_ppm;
+    pub(crate) fn set_status(&self, status: Status) {
+        self.told().status = status;
     }
 
     fn told(&self) -> std::sync::MutexGuard<'_, Told> {

@@ -441,18 +441,19 @@ impl Reader {
             What::Detached { .. } => self.restarts += u32::from(!self.damage_next),
             What::State { state } => {
                 self.status.state = ModuleState::from_name(state);
-                self.statuses.push((at_s, self.status));
+                self.statuses.push((at_s, self.status.clone()));
             }
             What::Metric { name, value, .. } => {
                 match name.as_str() {
                     "qber_ppm" => self.status.qber_ppm = u32::try_from(*value).ok(),
                     "key_rate_bps" => self.status.key_rate_bits_per_s = u64::try_from(*value).ok(),
+                    "visibility_ppm" => self.status.visibility_ppm = u32::try_from(*value).ok(),
                     "temperature_mc" => {
                         self.status.temperature_milli_celsius = i32::try_from(*value).ok();
                     }
                     _ => {}
                 }
-                self.statuses.push((at_s, self.status));
+                self.statuses.push((at_s, self.status.clone()));
             }
             What::Alarm { .. } | What::Unknown => {}
         }
@@ -531,10 +532,10 @@ impl Script for TraceScript {
         Some(Fault::OnTheWay { role, fault })
     }
 
-    fn status(&self, at_s: f64) -> (Status, Option<u32>) {
+    fn status(&self, at_s: f64) -> Status {
         let told = self.statuses.partition_point(|(from_s, _)| *from_s <= at_s);
-        let status = told.checked_sub(1).map(|at| self.statuses[at].1);
-        (status.unwrap_or_default(), None)
+        let status = told.checked_sub(1).map(|at| self.statuses[at].1.clone());
+        status.unwrap_or_default()
     }
 
     fn events(&self) -> &[EventConfig] {

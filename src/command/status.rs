@@ -64,20 +64,45 @@ fn print_table(report: &Value) {
         );
     }
     println!(
-        "\n{:<32} {:>9} {:>12} {:>8} {:>9} {:>10}",
-        "module pair", "attached", "blocks", "gaps", "corrupt", "QBER %"
+        "\n{:<32} {:>9} {:>12} {:>8} {:>8} {:>9} {:>10} {:>8}",
+        "module pair", "state", "blocks", "refused", "gaps", "corrupt", "QBER %", "°C"
     );
     for (name, m) in entries(&report["modules"]) {
-        let qber = m["qber_ppm"]
-            .as_f64()
-            .map_or("-".to_owned(), |ppm| format!("{:.2}", ppm / 1e4));
+        let scaled = |name: &str, by: f64, digits: usize| {
+            let value = m[name].as_f64();
+            value.map_or("-".to_owned(), |value| format!("{:.digits$}", value / by))
+        };
         println!(
-            "{name:<32} {:>9} {:>12} {:>8} {:>9} {qber:>10}",
-            if m["attached"] == true { "yes" } else { "no" },
+            "{name:<32} {:>9} {:>12} {:>8} {:>8} {:>9} {:>10} {:>8}",
+            match (m["attached"] == true, m["state"].as_str()) {
+                (false, _) => "away",
+                (true, state) => state.unwrap_or("attached"),
+            },
             number(&m["blocks"]),
+            number(&m["refused_blocks"]),
             number(&m["gap_blocks"]),
             number(&m["corrupt_blocks"]),
+            scaled("qber_ppm", 1e4, 2),
+            scaled("temperature_milli_celsius", 1e3, 1),
         );
+        if let Some(values) = m["refusing"].as_str() {
+            println!("  NO KEY is taken: out of the absolute range: {values}");
+        }
+        for (value, told) in entries(&m["metrics"]) {
+            if told["band"] == "operation" {
+                println!(
+                    "  out of the range of operation: {value} = {}",
+                    text(&told["value"])
+                );
+            }
+        }
+        for (code, alarm) in entries(&m["alarms"]) {
+            println!(
+                "  alarm {code} ({}), {} times",
+                text(&alarm["severity"]),
+                number(&alarm["count"])
+            );
+        }
         if let Some(error) = m["error"].as_str() {
             println!("  cannot be read: {error}");
         }

@@ -8,6 +8,8 @@
 
 mod credit;
 mod reopening;
+mod report;
+mod trust;
 
 use std::{
     sync::{
@@ -17,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use qkd_drivers::{DriverConfig, Event, KeyBlock, KeySource, Openers, next_event};
+use qkd_drivers::{DriverConfig, Event, KeyBlock, KeySource, Metric, Openers, Value, next_event};
 use qkd_keyfile::{ModulePairId, QkdKeyName};
 use qkd_kma::Settlement;
 use qkd_pipeline::{Descriptor, PushError, Pusher};
@@ -27,10 +29,12 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-use self::{credit::Credit, reopening::Backoff};
+use self::{credit::Credit, reopening::Backoff, trust::Change};
 use super::{naming::Naming, until_stop};
 
 pub(crate) use reopening::{Closed, fits_key_memory};
+pub use report::{AlarmReport, MetricReport, ModuleReport};
+pub(crate) use trust::Trust;
 
 /// How long blocks that nobody settles hold a module up.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
@@ -56,35 +60,7 @@ pub(crate) struct Intake {
     pub(crate) full: watch::Receiver<bool>,
     pub(crate) state: watch::Sender<ModuleReport>,
     pub(crate) naming: Naming,
-}
-
-/// What a module said last; for `status`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
-pub struct ModuleReport {
-    /// Within reach.
-    pub attached: bool,
-    /// Who it says it is.
-    pub device: Option<String>,
-    /// Why it cannot be opened, and what mends that; nothing where it is open.
-    pub error: Option<String>,
-    /// How often its driver has ended and was started again.
-    pub restarts: u64,
-    /// What it says of itself, such as `running`; nothing where it is not within reach.
-    pub state: Option<String>,
-    /// Key blocks delivered.
-    pub blocks: u64,
-    /// Bits in them.
-    pub key_bits: u64,
-    /// Blocks that were lost on the way here, as far as numbers tell.
-    pub gap_blocks: u64,
-    /// Blocks that failed a check.
-    pub corrupt_blocks: u64,
-    /// Blocks without key.
-    pub empty_blocks: u64,
-    /// The last quantum bit error rate, in parts per million.
-    pub qber_ppm: Option<u32>,
-    /// The last key rate that the module told, in bits per second.
-    pub key_rate_bits_per_s: Option<u64>,
+    pub(crate) trust: Trust,
 }
 
 impl Intake {
@@ -128,6 +104,11 @@ impl Intake {
             match event {
                 Ok(Event::Key(key)) => {
                     backoff.reset();
+                    if !self.takes(&key) {
+                        self.refuse(&key, &buffer, &mut credit);
+                        free = Some(buffer);
+                        continue;
+                    }
                     let (descriptor, left) = self.key(key, buffer);
                     credit.used(descriptor.block.block_bytes());
                     free = left;
@@ -202,6 +183,50 @@ impl Intake {
         }
     }
 
+    /// Whether a key block may become key: not while the module's own values say that it cannot be
+    /// trusted, the block's QBER among them.
+    fn takes(&mut self, key: &KeyBlock) -> bool {
+        if let Some(ppm) = key.qber_ppm {
+            let value = Value::QberPpm(ppm);
+            let band = self.driver.limits().qber_band(ppm);
+            self.measured(&Metric { value, band });
+        }
+        self.trust.is_given()
+    }
+
+    /// Sets a block aside at its origin. The matching node drops its own when this one does not come.
+    fn refuse(&mut self, key: &KeyBlock, buffer: &KeyBuf, credit: &mut Credit) {
+        credit.used(buffer.block_bytes());
+        let id = &key.metadata.qkd_key_id;
+        self.source.settle(id, qkd_drivers::Settlement::Quarantined);
+        credit.settled(self.share_bytes.load(Ordering::Relaxed));
+        self.source.grant(credit.top_up());
+        self.state.send_modify(|state| {
+            state.refused_blocks += 1;
+            state.refused_bits += u64::from(key.key_bits);
+        });
+    }
+
+    /// Takes a value that the module told.
+    fn measured(&mut self, metric: &Metric) {
+        let module_pair = &self.module_pair;
+        let change = self.trust.told(metric.value.name(), metric.band);
+        let refusing = self.trust.why();
+        match change {
+            Change::None => tracing::trace!(%module_pair, ?metric, "module"),
+            Change::Lost => {
+                tracing::error!(%module_pair, ?metric, values = ?refusing, "no key is taken from the module: its own values say that it cannot be trusted");
+            }
+            Change::Regained => {
+                tracing::warn!(%module_pair, ?metric, "key is taken from the module again");
+            }
+        }
+        self.state.send_modify(|state| {
+            state.measured(metric);
+            state.refusing = refusing;
+        });
+    }
+
     /// A descriptor of the key just read, and the buffer if it is free for the next.
     fn key(&mut self, key: KeyBlock, mut buffer: KeyBuf) -> (Descriptor, Option<KeyBuf>) {
         let len_bytes = key.len_bytes();
@@ -209,7 +234,6 @@ impl Intake {
             state.attached = true;
             state.blocks += 1;
             state.key_bits += u64::from(key.key_bits);
-            state.qber_ppm = key.qber_ppm.or(state.qber_ppm);
         });
         let id = key.metadata.qkd_key_id.clone();
         let name = self.naming.name(&self.module_pair, id);
@@ -265,43 +289,18 @@ impl Intake {
         self.source.grant(credit.top_up());
     }
 
-    fn note(&self, event: &Event) {
+    fn note(&mut self, event: &Event) {
         let module_pair = &self.module_pair;
         match event {
+            Event::Metric(metric) => return self.measured(metric),
+            // Modules say these every second.
+            Event::State(state) if self.state.borrow().is_in(*state) => {}
+            Event::Alarm(alarm) if self.state.borrow().has(alarm) => {}
             Event::Alarm(_) | Event::Corrupt { .. } | Event::Gap { .. } => {
                 tracing::warn!(%module_pair, ?event, "module");
             }
-            Event::Metric(_) => tracing::trace!(%module_pair, ?event, "module"),
-            // Modules say it every second.
-            Event::State(state) if self.state.borrow().state == Some(word(state)) => {}
             _ => tracing::info!(%module_pair, ?event, "module"),
         }
-        self.state.send_modify(|state| match event {
-            Event::Attached { device, .. } => {
-                state.attached = true;
-                state.device = Some(device.clone());
-            }
-            Event::Detached { .. } => {
-                state.attached = false;
-                state.state = None;
-            }
-            Event::State(now) => state.state = Some(word(now)),
-            Event::Gap { blocks } => state.gap_blocks += blocks,
-            Event::Corrupt { .. } => state.corrupt_blocks += 1,
-            Event::Empty { .. } => state.empty_blocks += 1,
-            Event::Metric(metric) => match metric.value {
-                qkd_drivers::Value::QberPpm(ppm) => state.qber_ppm = Some(ppm),
-                qkd_drivers::Value::KeyRateBitsPerS(rate) => {
-                    state.key_rate_bits_per_s = Some(rate);
-                }
-                _ => {}
-            },
-            _ => {}
-        });
+        self.state.send_modify(|state| state.heard(event));
     }
-}
-
-/// A module's state as `status` gives it.
-fn word(state: &impl std::fmt::Debug) -> String {
-    format!("{state:?}").to_lowercase()
 }

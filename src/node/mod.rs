@@ -41,7 +41,7 @@ use crate::{
     env::{SystemClock, random_16},
 };
 use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
-pub use intake::ModuleReport;
+pub use intake::{AlarmReport, MetricReport, ModuleReport};
 pub use modules::ModuleChanges;
 use modules::{Means, Modules};
 use routes::Routes;
@@ -203,6 +203,7 @@ impl Node {
             clock,
             requests.clone(),
             alarm_receiver,
+            modules.reports(),
         );
         let want_route = routes.map(|(routes, want_route)| {
             tasks.spawn(routes.run(shutdown.clone()));

@@ -1,7 +1,7 @@
 //! The modules of a node: which there are, and how that changes while it runs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -20,25 +20,39 @@ use tokio::{
 use super::{
     NodeError,
     agent::{ModuleTask, Request},
-    intake::{Closed, Intake, ModuleReport, fits_key_memory},
+    intake::{Closed, Intake, ModuleReport, Trust, fits_key_memory},
     naming::Naming,
 };
 use crate::config::Config;
 
-/// What every module said last.
+/// What every module said last, and the matching KMA of its link.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Reports(Arc<Mutex<BTreeMap<ModulePairId, watch::Receiver<ModuleReport>>>>);
+pub(crate) struct Reports(Arc<Mutex<BTreeMap<ModulePairId, (NodeId, Report)>>>);
+
+type Report = watch::Receiver<ModuleReport>;
 
 impl Reports {
     pub(crate) fn get(&self) -> BTreeMap<String, ModuleReport> {
         let reports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let report = |(name, report): (&ModulePairId, &watch::Receiver<ModuleReport>)| {
+        let report = |(name, (_, report)): (&ModulePairId, &(NodeId, Report))| {
             (name.to_string(), report.borrow().clone())
         };
         reports.iter().map(report).collect()
     }
 
-    fn set(&self, name: &ModulePairId, report: Option<watch::Receiver<ModuleReport>>) {
+    /// The links none of whose modules can be trusted just now, by matching KMA.
+    pub(crate) fn untrusted_links(&self) -> BTreeSet<NodeId> {
+        let reports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let peers = |refusing: bool| -> BTreeSet<NodeId> {
+            let of = |(peer, report): &(NodeId, Report)| {
+                (report.borrow().refusing.is_some() == refusing).then(|| peer.clone())
+            };
+            reports.values().filter_map(of).collect()
+        };
+        &peers(true) - &peers(false)
+    }
+
+    fn set(&self, name: &ModulePairId, report: Option<(NodeId, Report)>) {
         let mut reports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match report {
             Some(report) => drop(reports.insert(name.clone(), report)),
@@ -238,9 +252,10 @@ impl Modules {
             naming: Naming::new(naming, self.requests.clone()),
             full: full.unwrap_or_else(|| watch::channel(false).1),
             state,
+            trust: Trust::default(),
         };
         let task = tokio::spawn(intake.run(stopped));
-        self.reports.set(&name, Some(report));
+        self.reports.set(&name, Some((entry.peer.clone(), report)));
         self.running.insert(name, Running { entry, stop, task });
         ModuleTask { settle, named }
     }

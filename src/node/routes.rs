@@ -1,7 +1,7 @@
 //! The node's end of Ck: routes for the agent, reports for the controller.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -18,7 +18,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::{agent::Request, random_u64, until_stop};
+use super::{agent::Request, modules::Reports, random_u64, until_stop};
 use crate::{config::Config, env::SystemClock};
 
 /// Time between two reports.
@@ -38,6 +38,11 @@ pub(super) struct Routes {
     wanted: mpsc::Receiver<NodeId>,
     alarms: mpsc::UnboundedReceiver<Alarm>,
     requests: mpsc::Sender<Request>,
+    modules: Reports,
+    /// Links that the controller was told not to use until a person has looked at them.
+    quarantined: BTreeSet<NodeId>,
+    /// Links that the controller was told not to use while their modules cannot be trusted.
+    untrusted: BTreeSet<NodeId>,
     /// Routes in use that have yet to bring a unit to its end.
     unproven: Vec<Unproven>,
     /// Bits received on each link at the last report.
@@ -61,6 +66,7 @@ impl Routes {
         clock: SystemClock,
         requests: mpsc::Sender<Request>,
         alarms: mpsc::UnboundedReceiver<Alarm>,
+        modules: Reports,
     ) -> Option<(Self, mpsc::Sender<NodeId>)> {
         let controller = config.controller.clone()?;
         let me = config.node.id.clone();
@@ -88,6 +94,9 @@ impl Routes {
             wanted,
             alarms,
             requests,
+            modules,
+            quarantined: BTreeSet::new(),
+            untrusted: BTreeSet::new(),
             unproven: Vec::new(),
             received: BTreeMap::new(),
         };
@@ -138,16 +147,42 @@ impl Routes {
     }
 
     /// An alarm that takes a link out of service until a person has looked at it.
-    fn alarm(&self, alarm: &Alarm) {
+    fn alarm(&mut self, alarm: &Alarm) {
         if let Alarm::PeerRolledBack { peer } = alarm
             && self.neighbours.contains(peer)
         {
+            self.quarantined.insert(peer.clone());
             self.link.report_alarm(AlarmReport {
                 peer: peer.clone(),
                 raised: true,
                 text: "the peer's store went back in time; the link is quarantined".to_owned(),
             });
         }
+    }
+
+    /// Alarms for links none of whose modules can be trusted (Y.3803 clause 8.2.5: a high QBER
+    /// ends key generation between relay nodes), and their end.
+    fn trust(&mut self) {
+        let untrusted = self.modules.untrusted_links();
+        let changed: Vec<NodeId> = (&untrusted ^ &self.untrusted).into_iter().collect();
+        for peer in changed {
+            // The controller keeps one alarm a link, and that one stays.
+            if self.quarantined.contains(&peer) {
+                continue;
+            }
+            let raised = untrusted.contains(&peer);
+            let text = if raised {
+                "no module of the link can be trusted: its values are out of their absolute range"
+            } else {
+                "a module of the link can be trusted again"
+            };
+            self.link.report_alarm(AlarmReport {
+                peer,
+                raised,
+                text: text.to_owned(),
+            });
+        }
+        self.untrusted = untrusted;
     }
 
     /// Tells the controller how the links are; `false` if the agent is gone.
@@ -165,6 +200,7 @@ impl Routes {
             .filter_map(|peer| self.link_report(&status, peer))
             .collect();
         self.link.report_status(links);
+        self.trust();
         self.prove(&status);
         true
     }

@@ -28,6 +28,7 @@ use std::{
 use qkd_handover::{
     block::BlockHeader,
     ring::{Consumer, MapError, ReadError as RingError, Record, greeting::Greeting},
+    status::Severity,
     type7,
 };
 use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
@@ -43,7 +44,7 @@ use self::{
 use crate::{
     advice,
     config::OpenError,
-    event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event, Severity},
+    event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event},
     records::{Limits, key_block, tell_status},
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,

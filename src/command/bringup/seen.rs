@@ -157,6 +157,7 @@ pub(super) fn value(value: &Value) -> (String, i64) {
     let (name, value) = match value {
         Value::QberPpm(ppm) => ("qber_ppm", i64::from(*ppm)),
         Value::KeyRateBitsPerS(rate) => ("key_rate_bps", i64::try_from(*rate).unwrap_or(i64::MAX)),
+        Value::VisibilityPpm(ppm) => ("visibility_ppm", i64::from(*ppm)),
         Value::TemperatureMilliCelsius(t) => ("temperature_mc", i64::from(*t)),
         _ => ("other", 0),
     };

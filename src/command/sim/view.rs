@@ -74,7 +74,6 @@ impl View {
             }
             let now = half.stats.snapshot();
             let rate = rate(half.before, &now, seconds);
-            *half.before = now;
             match self.style {
                 Style::Live => {
                     if let Some(bar) = self.bars.get(at + 1) {
@@ -85,6 +84,7 @@ impl View {
                 Style::Plain => println!("{}", line(half.name, &now, rate)),
                 Style::Json => println!("{}", document(half.name, &now, rate)),
             }
+            *half.before = now;
         }
     }
 
@@ -128,7 +128,7 @@ fn line(name: &str, now: &Snapshot, rate: f64) -> String {
         "{name:<32} {state:<10} {:>9.1} kb/s {:>6} {:>9} {temperature:>5} {:>9} {:>10} {:>7} {:>7} {:>7}",
         rate / 1e3,
         percent(now.status.qber_ppm),
-        percent(now.visibility_ppm),
+        percent(now.status.visibility_ppm),
         now.made,
         now.delivered,
         now.sent_again,
@@ -145,7 +145,7 @@ fn document(name: &str, now: &Snapshot, rate: f64) -> Value {
         "state": now.status.state.map(|state| state.name()),
         "qber_ppm": now.status.qber_ppm,
         "key_rate_bits_per_s": now.status.key_rate_bits_per_s,
-        "visibility_ppm": now.visibility_ppm,
+        "visibility_ppm": now.status.visibility_ppm,
         "temperature_milli_celsius": now.status.temperature_milli_celsius,
         "made": now.made,
         "withheld": now.withheld,

@@ -35,7 +35,7 @@ pub struct Consumer {
 }
 
 /// What a record says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
     /// A key block; its key is in the first bytes of the caller's buffer.
     Block(BlockHeader),

@@ -65,7 +65,7 @@ const CREDIT_BYTES: usize = 20;
 const MAX_RAW_BYTES: usize = HEADER_BYTES + MAX_PAYLOAD_BYTES + CRC_BYTES;
 
 /// One frame. Its key bytes stay in the buffer it was decoded from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame<'a> {
     /// The device's numbering that the frame belongs to; 0 only in a host's first credit.
     pub session: u32,
@@ -76,7 +76,7 @@ pub struct Frame<'a> {
 }
 
 /// What a frame says.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Body<'a> {
     /// Device to host: here I am. The sequence number is that of the first block still kept, or of
     /// the next to come.

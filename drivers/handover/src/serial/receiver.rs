@@ -65,7 +65,7 @@ pub struct ReceiverCounters {
 }
 
 /// What a frame meant.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Event<'a> {
     /// The device said hello.
     Hello {
@@ -182,12 +182,12 @@ impl Receiver {
     /// Takes a frame from the device and says what it means.
     pub fn receive<'a>(&mut self, frame: &Frame<'a>) -> Event<'a> {
         let known = self.greeted && frame.session == self.session;
-        match frame.body {
+        match &frame.body {
             Body::Hello { device } if frame.session != 0 && (1..=LAST_SEQ).contains(&frame.seq) => {
                 self.hello(frame.session, frame.seq, device)
             }
-            Body::Key { header, key } if known => self.key(frame.seq, header, key),
-            Body::Status(status) if known => Event::Status(status),
+            Body::Key { header, key } if known => self.key(frame.seq, *header, key),
+            Body::Status(status) if known => Event::Status(status.clone()),
             Body::End if known => self.end(frame.seq),
             Body::Key { .. } | Body::Status(_) | Body::End => {
                 self.counters.foreign += u64::from(matches!(frame.body, Body::Key { .. }));

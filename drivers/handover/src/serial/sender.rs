@@ -283,8 +283,8 @@ impl Sender {
             let device = &self.device;
             return Some((self.first_seq, Body::Hello { device }));
         }
-        if let Some(status) = self.status_due {
-            return Some((0, Body::Status(status)));
+        if let Some(status) = &self.status_due {
+            return Some((0, Body::Status(status.clone())));
         }
         if !self.greeted {
             return None;
