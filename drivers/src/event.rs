@@ -11,7 +11,7 @@ use qkd_handover::{
 };
 use qkd_keyfile::{KeyFileError, QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
 
-pub use qkd_handover::status::{Band, Severity};
+pub(crate) use qkd_handover::status::{Band, Severity};
 
 /// Something that happened at a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
