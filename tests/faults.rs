@@ -10,28 +10,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::BufReader,
-    path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use qkd_drivers::{
-    DirectoryConfig, DriverConfig, Event, KeySource, SerialConfig, Settlement, SharedMemoryConfig,
-    next_event,
-};
-use qkd_handover::type7::{self, HEADER_BYTES, Header};
+use qkd_drivers::{Event, KeySource, Settlement, next_event};
+use qkd_kernels::Backend;
+use qkd_keyfile::{Generation, QkdKeyId, QkdKeyName, metadata::QkdKeyMetadata};
+use qkd_pipeline::{Descriptor, Hold, Stage, WaitingBound};
+use qkd_secmem::{Locking, Pool, PoolConfig};
 use serde_json::Value;
-
-const SEED: &str = "5eed0123456789abcdef0123456789abcdef0123456789abcdef0123456789ab";
-
-const BLOCKS: u64 = 60;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Transport {
-    Serial,
-    Ring,
-    Files,
-}
+use support::devices::{BLOCKS, Transport, sim_toml, truth};
 
 /// What a bridge had of a device, and what the device says that it did to it.
 #[derive(Default)]
@@ -50,36 +39,11 @@ struct Outcome {
 async fn play(transport: Transport, fault: &str) -> Outcome {
     let dir = tempfile::tempdir().unwrap();
     let device = dir.path().join("device");
-    let (played, config) = match transport {
-        Transport::Serial => (
-            format!(
-                "kind = 'serial', path = '{}', make_pty = true, retry_ms = 60",
-                device.display()
-            ),
-            DriverConfig::Serial(SerialConfig {
-                answer_timeout_ms: 60,
-                ..SerialConfig::new(&device)
-            }),
-        ),
-        Transport::Ring => (
-            format!("kind = 'ring', socket = '{}'", device.display()),
-            DriverConfig::SharedMemory(SharedMemoryConfig {
-                heartbeat_timeout_ms: 200,
-                ..SharedMemoryConfig::new(&device)
-            }),
-        ),
-        Transport::Files => {
-            fs::create_dir(&device).unwrap();
-            (
-                format!("kind = 'files', directory = '{}'", device.display()),
-                DriverConfig::Directory(DirectoryConfig {
-                    rescan_interval_ms: 50,
-                    partial_timeout_ms: 200,
-                    ..DirectoryConfig::new(&device)
-                }),
-            )
-        }
-    };
+    let played = transport.played(&device);
+    let config = transport.driver(&device);
+    if transport == Transport::Files {
+        fs::create_dir(&device).unwrap();
+    }
     let file = dir.path().join("sim.toml");
     fs::write(&file, sim_toml(&played, fault, 200_000)).unwrap();
     let mut source = match transport {
@@ -111,20 +75,6 @@ async fn play(transport: Transport, fault: &str) -> Outcome {
     assert!(sim.wait().unwrap().success());
     outcome.planned = reader.join().unwrap();
     outcome
-}
-
-fn sim_toml(transport: &str, fault: &str, per_million: u32) -> String {
-    let faults = match fault {
-        "" => String::new(),
-        fault => {
-            format!("[module_pair.faults]\n{fault}_per_million = {per_million}\nstall_ms = 400\n")
-        }
-    };
-    format!(
-        "seed = \"{SEED}\"\n[[module_pair]]\nname = \"mp\"\nblock_bits = 8001\npace = 400.0\n\
-         first_number = 16\nblocks = {BLOCKS}\n{faults}\
-         [[module_pair.half]]\nrole = \"transmitter\"\ntransport = {{ {transport} }}\n"
-    )
 }
 
 /// The faults that a device tells of.
@@ -170,23 +120,14 @@ impl Outcome {
             match event {
                 Event::Key(block) => {
                     let id = &block.metadata.qkd_key_id;
-                    let number = match transport {
-                        Transport::Files => u64::from_str_radix(id.as_str(), 16).unwrap(),
-                        _ => id.as_str().parse().unwrap(),
-                    };
+                    let number = transport.number(id);
                     self.keys
                         .push((number, buffer[..block.len_bytes()].to_vec()));
                     source.settle(id, Settlement::Stored);
                     source.grant(1);
                 }
                 Event::Empty { id } => {
-                    let radix = if transport == Transport::Files {
-                        16
-                    } else {
-                        10
-                    };
-                    self.empty
-                        .insert(u64::from_str_radix(id.as_str(), radix).unwrap());
+                    self.empty.insert(transport.number(&id));
                 }
                 Event::Gap { blocks } => self.gap_blocks += blocks,
                 Event::Corrupt { .. } => self.corrupt += 1,
@@ -199,32 +140,6 @@ impl Outcome {
     fn faulty(&self) -> BTreeSet<u64> {
         self.planned.keys().copied().collect()
     }
-}
-
-/// What the device makes when nothing goes wrong: read from its files, bit by bit.
-fn truth() -> BTreeMap<u64, Vec<u8>> {
-    let dir = tempfile::tempdir().unwrap();
-    let played = format!(
-        "kind = 'files', directory = '{}'",
-        dir.path().join("keys").display()
-    );
-    let file = dir.path().join("sim.toml");
-    fs::write(&file, sim_toml(&played, "", 0)).unwrap();
-    let output = support::qkd_bridge(["sim", "--config", file.to_str().unwrap()]);
-    assert!(output.status.success());
-    let entries = fs::read_dir(dir.path().join("keys")).unwrap();
-    entries
-        .map(|entry| number_and_key(&entry.unwrap().path()))
-        .collect()
-}
-
-fn number_and_key(path: &Path) -> (u64, Vec<u8>) {
-    let bytes = fs::read(path).unwrap();
-    let (head, words) = bytes.split_first_chunk::<HEADER_BYTES>().unwrap();
-    let header = Header::decode(head).unwrap();
-    let mut key = vec![0; header.key_bits.div_ceil(8) as usize];
-    type7::decode_key(&header, words, &mut key).unwrap();
-    (u64::from(header.first_epoch), key)
 }
 
 /// Checks what every outcome must fulfil, and returns the numbers that did not come and those that
@@ -301,6 +216,9 @@ fn check(transport: Transport, fault: &str, truth: &BTreeMap<u64, Vec<u8>>, outc
             assert_eq!((&lost, &altered), (&nothing, &nothing), "{case}");
         }
     }
+    if matches!(fault, "replayed" | "biased") {
+        assert_eq!(refused(outcome), faulty, "{case}");
+    }
     match (fault, transport) {
         ("flip" | "split" | "duplicate", Transport::Ring) | ("flip", Transport::Serial) => {
             assert!(outcome.corrupt >= 1, "{case}: not told");
@@ -310,6 +228,38 @@ fn check(transport: Transport, fault: &str, truth: &BTreeMap<u64, Vec<u8>>, outc
         }
         _ => {}
     }
+}
+
+/// What the node does with the blocks next: health tests, and a look at whether bits came before.
+fn refused(outcome: &Outcome) -> BTreeSet<u64> {
+    let pool = Pool::new(PoolConfig {
+        capacity_bytes: 8 << 20,
+        locking: Locking::Unlocked,
+    })
+    .unwrap();
+    let bound = WaitingBound {
+        keys: 1000,
+        bytes: 4 << 20,
+    };
+    let mut stage = Stage::new(pool.clone(), bound, Backend::detect(), [7; 32]);
+    let mut refused = BTreeSet::new();
+    for (number, key) in &outcome.keys {
+        let id: QkdKeyId = number.to_string().parse().unwrap();
+        let descriptor = Descriptor {
+            name: QkdKeyName {
+                module_pair: "mp".parse().unwrap(),
+                generation: Generation::default(),
+                id: id.clone(),
+            },
+            key_bits: 8001,
+            block: pool.copy_of(key).unwrap(),
+            metadata: QkdKeyMetadata::new(id),
+        };
+        if let Hold::Refused { .. } = stage.hold(descriptor) {
+            refused.insert(*number);
+        }
+    }
+    refused
 }
 
 const FAULTS: [&str; 12] = [

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::{
+    clavis2::Clavis2Config,
     dynamics::{EventConfig, LinkConfig},
     faults::FaultConfig,
     files::FilesConfig,
@@ -108,12 +109,14 @@ impl PairConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum TransportConfig {
-    /// qcrypto's final-key files in a directory.
+    /// Hand-over files in a directory.
     Files(FilesConfig),
     /// A serial line.
     Serial(SerialConfig),
     /// Shared memory.
     Ring(RingConfig),
+    /// Datagrams, as a Clavis2's daemon has them.
+    Clavis2(Clavis2Config),
 }
 
 /// How fast blocks are made.

@@ -20,6 +20,7 @@
 //! - A number is delivered again only until the bridge has acknowledged it as durable.
 #![forbid(unsafe_code)]
 
+pub mod clavis2;
 mod config;
 mod dynamics;
 mod faults;
@@ -64,6 +65,9 @@ pub enum RunError {
     /// The ring cannot be filled.
     #[error(transparent)]
     Ring(#[from] ring::RingError),
+    /// The daemon cannot be played.
+    #[error(transparent)]
+    Clavis2(#[from] clavis2::Clavis2Error),
 }
 
 /// Plays one half until `stop` is set, or until all its blocks are delivered; blocks the thread.
@@ -108,6 +112,7 @@ fn play(
         TransportConfig::Files(config) => files::run(feed, config, stall, stop, stats)?,
         TransportConfig::Serial(config) => serial::run(feed, config, stall, stop, stats)?,
         TransportConfig::Ring(config) => ring::run(feed, config, stall, stop, stats)?,
+        TransportConfig::Clavis2(config) => clavis2::run(feed, config, stall, stop, stats)?,
     }
     Ok(())
 }

@@ -197,6 +197,8 @@ impl Module<'_> {
             {
                 if block.restarts != self.restarts {
                     self.restarts = block.restarts;
+                    // Their numbers may be given again.
+                    self.dropped.clear();
                     return Ok(false);
                 }
                 match self.deliver(&mut ring, block)? {

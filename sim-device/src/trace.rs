@@ -26,8 +26,10 @@
 //! The keys of a replay are made from `seed`, number and length. Two traces with equal seeds give equal
 //! keys for equal numbers, so that two ends can be played.
 
-use std::io::{self, BufRead, Write};
-use std::num::NonZeroU64;
+use std::{
+    io::{self, BufRead, Write},
+    num::NonZeroU64,
+};
 
 use aws_lc_rs::cipher::DecryptingKey;
 use qkd_handover::{
@@ -432,11 +434,11 @@ impl Reader {
             }
             What::Gap { blocks } => self.gap += blocks,
             What::Attached { session, .. } => {
-                if self.session.is_some() && *session != self.session {
+                if self.session.is_some() && session.is_some() && *session != self.session {
                     self.generation += 1;
                     self.restarts += 1;
                 }
-                self.session = *session;
+                self.session = session.or(self.session);
             }
             What::Detached { .. } => self.restarts += u32::from(!self.damage_next),
             What::State { state } => {

@@ -76,7 +76,7 @@ struct Running {
     task: JoinHandle<()>,
 }
 
-/// What was changed by [`Modules::reload`].
+/// What was changed by `Modules::reload`.
 #[derive(Debug, Default)]
 pub struct ModuleChanges {
     /// Module pairs that are new.

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test file uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+pub(crate) mod devices;
 pub(crate) mod ledgers;
 pub(crate) mod namespaces;
 pub(crate) mod proxy;

@@ -124,7 +124,11 @@ fn not_a_terminal(port: &OwnedFd) -> Option<Advice> {
 fn locked(path: &Path, port: OwnedFd) -> Option<Advice> {
     match Flock::lock(port, FlockArg::LockExclusiveNonblock) {
         Ok(_) => None,
-        Err(_) => Some(busy(path)),
+        Err((port, _)) => {
+            // Or this process would be found among those who hold it.
+            drop(port);
+            Some(busy(path))
+        }
     }
 }
 

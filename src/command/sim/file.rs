@@ -248,6 +248,7 @@ fn resolved(mut transport: TransportConfig, base: &Path) -> TransportConfig {
         TransportConfig::Files(config) => &mut config.directory,
         TransportConfig::Serial(config) => &mut config.path,
         TransportConfig::Ring(config) => &mut config.socket,
+        TransportConfig::Clavis2(_) => return transport,
     };
     *path = base.join(&*path);
     transport

@@ -27,7 +27,7 @@ use crate::{
 };
 use file::{HalfName, Job, MasterSeed, SimFile};
 pub(super) use view::Style;
-use view::{Shown, View};
+use view::{Shown, View, say};
 
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -127,9 +127,11 @@ impl SimArgs {
     fn tell_seed(&self, seed: &MasterSeed) {
         let digits = seed.text();
         if self.json {
-            println!("{}", serde_json::json!({"seed": digits}));
+            say(&serde_json::json!({"seed": digits}));
         } else {
-            println!("seed {digits} (with --seed it makes the same blocks and faults again)");
+            say(&format!(
+                "seed {digits} (with --seed it makes the same blocks and faults again)"
+            ));
         }
     }
 }

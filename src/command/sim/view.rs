@@ -1,6 +1,10 @@
 //! What is shown of halves that play: a table that is redrawn on a terminal, lines elsewhere, or JSON.
 
-use std::time::{Duration, Instant};
+use std::{
+    fmt::Display,
+    io::{self, Write},
+    time::{Duration, Instant},
+};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use qkd_sim_device::{Note, NoteKind, Snapshot, Stats};
@@ -81,8 +85,8 @@ impl View {
                         bar.tick();
                     }
                 }
-                Style::Plain => println!("{}", line(half.name, &now, rate)),
-                Style::Json => println!("{}", document(half.name, &now, rate)),
+                Style::Plain => say(&line(half.name, &now, rate)),
+                Style::Json => say(&document(half.name, &now, rate)),
             }
             *half.before = now;
         }
@@ -98,10 +102,15 @@ impl View {
         match self.style {
             // That the terminal has gone away is no reason to stop.
             Style::Live => self.all.println(text).unwrap_or(()),
-            Style::Plain => println!("{text}"),
-            Style::Json => println!("{}", note_document(half, note)),
+            Style::Plain => say(&text),
+            Style::Json => say(&note_document(half, note)),
         }
     }
+}
+
+/// Prints a line. That nobody reads it any more is no reason to stop playing.
+pub(super) fn say(line: &impl Display) {
+    let _ = writeln!(io::stdout().lock(), "{line}");
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for the eye")]
