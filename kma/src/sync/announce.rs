@@ -136,8 +136,15 @@ impl LinkSync {
         self.with_pair(module_pair, |pair| {
             pair.theirs_complete |= announcement.complete;
         });
+        let mut differing = Vec::new();
         for (id, reason) in announcement.dropped {
-            self.dropped_there(cx, module_pair, id, reason);
+            if reason == DropReason::Differs {
+                differing.push(id.clone());
+            }
+            self.dropped_there(cx, module_pair, &id, reason);
+        }
+        if !differing.is_empty() {
+            self.count_mismatch(cx, module_pair, differing);
         }
     }
 
@@ -145,28 +152,24 @@ impl LinkSync {
         &mut self,
         cx: &mut Cx<'_>,
         module_pair: &ModulePairId,
-        id: QkdKeyId,
+        id: &QkdKeyId,
         reason: DropReason,
     ) {
         let now = cx.now.mono;
         let quarantine = matches!(reason, DropReason::Quarantined(_));
         let dropped = self.with_pair(module_pair, |pair| {
-            pair.peer_lacks(now, &id);
-            pair.drop_rest(now, &id, quarantine)
+            pair.peer_lacks(now, id);
+            pair.drop_rest(now, id, quarantine)
         });
         let dropped = dropped == Some(true);
-        match reason {
-            DropReason::Differs => {
-                self.count_mismatch(cx, module_pair, vec![id.clone()]);
-            }
-            DropReason::Quarantined(reason) if dropped => {
-                let name = name_of(cx, module_pair, &id);
-                self.alarm_quarantined(cx, &name, reason, true);
-            }
-            _ => {}
+        if let DropReason::Quarantined(reason) = reason
+            && dropped
+        {
+            let name = name_of(cx, module_pair, id);
+            self.alarm_quarantined(cx, &name, reason, true);
         }
         if dropped {
-            self.settle_dropped(cx, module_pair, &id);
+            self.settle_dropped(cx, module_pair, id);
         }
     }
 

@@ -194,7 +194,7 @@ impl Pair {
             _ => 0,
         };
         if ready_bits > 0 {
-            if self.ready_bits < 8 {
+            if self.ready_bits < 8 && ready_bits != held.ready_bits {
                 self.gathering_since = now;
             }
             self.ready.insert(held.arrival, id.clone());

@@ -304,8 +304,9 @@ impl LinkSync {
             self.divide(cx, number, composition, proposal.division)
         } else {
             // The answerer has stored it, and will hear that it is void: nothing is left to divide.
+            // All but its own mask was equal.
             self.give_up(cx, composition);
-            let ids = compose::names_of(&composition.pieces);
+            let ids = compose::names_of(&compose::masks_of(&composition.pieces));
             self.differ_unproven(cx, &composition.module_pair, ids.into_iter().collect());
             self.part_done(cx, proposal.division, true);
             false

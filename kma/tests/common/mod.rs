@@ -111,6 +111,9 @@ pub struct Network {
     pub nodes: BTreeMap<NodeId, Node>,
     pub now: Now,
     pub faults: Faults,
+    /// One in so many orders to a pipeline is carried out some ticks later.
+    pub slow_formats: u64,
+    pub late: Vec<(NodeId, Input)>,
     /// Pairs (smaller name first) whose connection is down.
     pub cut: BTreeSet<(NodeId, NodeId)>,
     pub wires: VecDeque<(NodeId, NodeId, Vec<u8>)>,
@@ -323,6 +326,8 @@ impl Network {
                 unix: UnixTime(0),
             },
             faults: Faults::default(),
+            slow_formats: 0,
+            late: Vec::new(),
             cut: BTreeSet::new(),
             wires: VecDeque::new(),
             heard: None,
@@ -394,6 +399,7 @@ impl Network {
         node.kma = None;
         node.waiting.clear();
         node.disk.restart();
+        self.late.retain(|(at, _)| at != name);
         self.wires
             .retain(|(from, to, _)| from != name && to != name);
         for other in self.nodes.keys().cloned().collect::<Vec<_>>() {
@@ -477,7 +483,12 @@ impl Network {
                     let link = LinkId::between(from, &ticket.peer).unwrap();
                     self.segments.insert((link, ticket.segment), bits);
                 }
-                self.input(from, Input::Formatted { ticket, segment });
+                let formatted = Input::Formatted { ticket, segment };
+                if self.random.one_in(self.slow_formats) {
+                    self.late.push((from.clone(), formatted));
+                } else {
+                    self.input(from, formatted);
+                }
             }
             Output::Settle { name, outcome } => {
                 let node = self.nodes.get_mut(from).unwrap();
@@ -543,6 +554,13 @@ impl Network {
     /// Lets time pass; what is on the wires stays there.
     pub fn tick(&mut self) {
         self.now.mono = self.now.mono.after(self.step);
+        for (at, formatted) in std::mem::take(&mut self.late) {
+            if self.slow_formats > 0 && self.random.one_in(2) {
+                self.late.push((at, formatted));
+            } else {
+                self.input(&at, formatted);
+            }
+        }
         for name in self.nodes.keys().cloned().collect::<Vec<_>>() {
             self.input(&name, Input::Tick);
         }
