@@ -15,6 +15,8 @@ mod mismatch;
 mod numbering;
 mod pair;
 mod propose;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
@@ -323,20 +325,27 @@ impl LinkSync {
         }
     }
 
+    /// One alarm for each would be a flood where a module is broken: at 1, 2, 4, 8 …
     fn alarm_quarantined(
-        &self,
+        &mut self,
         cx: &mut Cx<'_>,
         name: &QkdKeyName,
         reason: QuarantineReason,
         at_peer: bool,
     ) {
-        cx.alarm(Alarm::Quarantined {
-            peer: self.peer.clone(),
-            module_pair: name.module_pair.clone(),
-            qkd_key: name.id.clone(),
-            reason,
-            at_peer,
+        let count = self.with_pair(&name.module_pair, |pair| {
+            pair.standing.quarantined += 1;
+            pair.standing.quarantined
         });
+        if count.is_some_and(u64::is_power_of_two) {
+            cx.alarm(Alarm::Quarantined {
+                peer: self.peer.clone(),
+                module_pair: name.module_pair.clone(),
+                qkd_key: name.id.clone(),
+                reason,
+                at_peer,
+            });
+        }
     }
 
     /// Stores a compared segment. Where there is no room, only this segment fails.

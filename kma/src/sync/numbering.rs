@@ -35,6 +35,8 @@ pub struct ModulePairStatus {
     pub waiting_bits: u64,
     /// QKD-keys that differed, less one for every 64 that agreed since.
     pub mismatches: u32,
+    /// QKD-keys that the pipeline of one of the two ends refused.
+    pub quarantined: u64,
     /// Stopped, here or at the other end: too many QKD-keys differed. Goes on when both nodes have
     /// been started anew.
     pub stopped: bool,
@@ -55,6 +57,7 @@ impl LinkSync {
                 waiting_qkd_keys,
                 waiting_bits,
                 mismatches: standing.mismatches,
+                quarantined: standing.quarantined,
                 stopped: standing.stopped || standing.peer_stopped,
             };
             (name.clone(), status)

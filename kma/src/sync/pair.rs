@@ -67,6 +67,8 @@ pub(super) struct Standing {
     pub(super) mismatches: u32,
     /// Agreed QKD-keys that make up for nothing yet.
     pub(super) agreed: u32,
+    /// QKD-keys that one of the two pipelines refused.
+    pub(super) quarantined: u64,
     /// Stopped here, for too many mismatches.
     pub(super) stopped: bool,
     /// Stopped at the other end.
@@ -130,6 +132,7 @@ impl Pair {
     /// A connection is new: both ends announce everything.
     pub(super) fn connected(&mut self, now: Mono) {
         self.theirs.clear();
+        self.unequal.clear();
         self.theirs_complete = false;
         self.said_complete = false;
         self.latest.clear();

@@ -69,7 +69,17 @@ impl LinkSync {
 
     fn propose_one(&mut self, cx: &mut Cx<'_>, module_pair: &ModulePairId) -> bool {
         let full = cx.store.is_full(&self.stream, self.config.capacity_bytes);
-        if self.proposals.len() >= WINDOW || full || self.is_out_of_names(cx, module_pair) {
+        // They stay in key memory until they are answered: a part of it, for others need some too.
+        let open = self.proposals.values();
+        let open_bytes: usize = open
+            .map(|p| p.composition.len_bits().unwrap_or(0) as usize / 8)
+            .sum();
+        let no_room = open_bytes >= cx.store.pool().stats().capacity_bytes / 4;
+        if self.proposals.len() >= WINDOW
+            || no_room
+            || full
+            || self.is_out_of_names(cx, module_pair)
+        {
             return false;
         }
         let Some(pair) = self.pairs.get(module_pair) else {
