@@ -309,7 +309,9 @@ async fn keep<C: Clock + Sync>(
                     wired.unresponsive.clone()
                 });
                 let limits = Limits::default();
+                let refused = config.credentials.until_refused((&stream).into());
                 let end = tokio::select! {
+                    () = refused => "its certificate is not accepted any more".to_owned(),
                     end = drive(&shared, stream, Framing::Signal, limits, &*clock) => match end {
                         Ok(()) => "closed by the controller".to_owned(),
                         Err(error) => error.to_string(),

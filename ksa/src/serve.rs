@@ -216,10 +216,18 @@ impl Shared {
             return;
         };
         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        let refused = self.credentials.until_refused((&stream).into());
         let stream = WriteWithin::new(stream, limits.write_within);
-        if let Err(error) = self.requests(TokioIo::new(stream), app, http2).await {
-            counters.connections_failed.add(1);
-            tracing::debug!("connection ended: {error}");
+        tokio::select! {
+            end = self.requests(TokioIo::new(stream), app.clone(), http2) => if let Err(error) = end {
+                counters.connections_failed.add(1);
+                tracing::debug!("connection ended: {error}");
+            },
+            // No request that came with it is answered any more.
+            () = refused => {
+                counters.connections_failed.add(1);
+                tracing::warn!("{app}: connection closed, its certificate is not accepted any more");
+            }
         }
     }
 

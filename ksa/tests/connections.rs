@@ -393,3 +393,18 @@ async fn curl_can_fetch_a_key() {
     let container: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
     assert_eq!(container["keys"].as_array().unwrap().len(), 2);
 }
+
+#[tokio::test]
+async fn a_revoked_application_loses_its_open_connection_and_gets_no_other() {
+    let server = Server::start(config()).await;
+    let (mut a, mut b) = (server.client("app-a").await, server.client("app-b").await);
+    assert_eq!(a.get("app-b/enc_keys").await.keys().len(), 1);
+    let mut idle = server.tls("app-app-a", &[b"http/1.1"]).await;
+    server.revoke("app-a");
+    assert!(rest(&mut idle).await.is_empty());
+    until(&server, |counts| counts.connections_failed == 2).await;
+    let mut again = server.tls("app-app-a", &[b"http/1.1"]).await;
+    let _ = again.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await;
+    assert!(rest(&mut again).await.is_empty());
+    assert_eq!(b.get("app-a/enc_keys").await.keys().len(), 1);
+}

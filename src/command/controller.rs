@@ -70,13 +70,7 @@ impl ControllerConfig {
     pub(super) fn read(path: &Path) -> Result<(Self, Topology), ConfigError> {
         let (mut config, _) = read_toml::<Self>(path)?;
         let base = path.parent().unwrap_or(Path::new("."));
-        for path in [
-            &mut config.tls.ca,
-            &mut config.tls.certificate,
-            &mut config.tls.key,
-        ] {
-            *path = base.join(&*path);
-        }
+        config.tls.resolve(base);
         let link = |link: &LinkEntry| NetworkLink {
             a: link.a.clone(),
             b: link.b.clone(),
@@ -97,8 +91,7 @@ impl ControllerConfig {
 pub(super) fn run(path: &Path, levels: Option<&str>) -> Result<(), Failure> {
     let (config, topology) = ControllerConfig::read(path)?;
     let levels = log::start(levels, config.log.as_deref())?;
-    let tls = &config.tls;
-    let credentials = Arc::new(Reloadable::load(&tls.ca, &tls.certificate, &tls.key)?);
+    let credentials = Arc::new(config.tls.load()?);
     let controller = Controller::new(topology, Box::new(SystemEntropy), config.strict);
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;

@@ -20,6 +20,13 @@ pub(super) enum PkiCommand {
     /// Add certificates under an authority that `init` made.
     #[command(after_help = "Example:\n  qkd-bridge pki add --dir pki --node carol")]
     Add(Names),
+    /// Take certificates back: put them on the authority's revocation list, DIR/crl.pem.
+    #[command(after_help = "Example:\n  \
+        qkd-bridge pki revoke --dir pki --app app-b\n\n\
+        Give nodes the list as `crl` in [tls], copy it there again whenever it changes, and send \
+        them SIGHUP: open connections of revoked certificates are closed. A list that is older than \
+        --days refuses everybody; without a name it is made anew.")]
+    Revoke(Names),
 }
 
 #[derive(Debug, clap::Args)]
@@ -36,17 +43,14 @@ pub(super) struct Names {
     /// A host name or address of the nodes besides the loopback ones; may be given several times.
     #[arg(long = "host", value_name = "HOST")]
     hosts: Vec<String>,
-    /// How long the certificates hold.
+    /// How long the certificates, or the list, hold.
     #[arg(long, value_name = "DAYS", default_value_t = 365)]
     days: u32,
 }
 
 impl PkiCommand {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let (names, make): (Names, fn(_, &_) -> _) = match self {
-            Self::Init(names) => (names, pki::init),
-            Self::Add(names) => (names, pki::add),
-        };
+        let (Self::Init(names) | Self::Add(names) | Self::Revoke(names)) = &self;
         let request = pki::Request {
             nodes: &names.nodes,
             apps: &names.apps,
@@ -54,7 +58,14 @@ impl PkiCommand {
             now: SystemClock::start().now().unix,
             valid_days: names.days,
         };
-        let paths = make(&names.dir, &request)?;
+        let paths = match &self {
+            Self::Init(_) => pki::init(&names.dir, &request)?,
+            Self::Add(_) => pki::add(&names.dir, &request)?,
+            Self::Revoke(_) => {
+                println!("{}", pki::revoke(&names.dir, &request)?.display());
+                return Ok(());
+            }
+        };
         println!("{}", paths.ca.display());
         for issued in &paths.issued {
             println!("{} ({})", issued.certificate.display(), issued.identity);

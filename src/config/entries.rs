@@ -1,10 +1,11 @@
 //! The entries of a node's file, with their defaults.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use qkd_drivers::DriverConfig;
 use qkd_keyfile::{AppId, KeyBits, ModulePairId, NodeId};
 use qkd_ksa::Profile;
+use qkd_net::{CredentialsError, Reloadable};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -35,6 +36,28 @@ pub struct TlsConfig {
     pub certificate: PathBuf,
     /// Its private key.
     pub key: PathBuf,
+    /// The authority's revocation lists, if it has any; read again on SIGHUP, as all of these. A list
+    /// that is out of date refuses everybody.
+    pub crl: Option<PathBuf>,
+}
+
+impl TlsConfig {
+    /// Takes relative paths from `base`.
+    pub(crate) fn resolve(&mut self, base: &Path) {
+        let files = [&mut self.ca, &mut self.certificate, &mut self.key];
+        for path in files.into_iter().chain(&mut self.crl) {
+            *path = base.join(&*path);
+        }
+    }
+
+    /// Reads the files for the first time.
+    ///
+    /// # Errors
+    ///
+    /// [`CredentialsError`] names the file at fault.
+    pub fn load(&self) -> Result<Reloadable, CredentialsError> {
+        Reloadable::load_with_crl(&self.ca, &self.certificate, &self.key, self.crl.as_deref())
+    }
 }
 
 /// Where a port is.

@@ -86,13 +86,7 @@ impl Config {
 
     fn resolve(&mut self, base: &Path) {
         let data = base.join(&self.node.data);
-        for path in [
-            &mut self.tls.ca,
-            &mut self.tls.certificate,
-            &mut self.tls.key,
-        ] {
-            *path = base.join(&*path);
-        }
+        self.tls.resolve(base);
         self.store.resolve(base, &data);
         self.node.data = data;
         if let Some(device) = &mut self.relay.device {

@@ -139,8 +139,7 @@ impl Node {
     ///
     /// [`NodeError`]: nothing goes on running.
     pub async fn start_with(config: Config, openers: Openers) -> Result<Self, NodeError> {
-        let tls = &config.tls;
-        let credentials = Arc::new(Reloadable::load(&tls.ca, &tls.certificate, &tls.key)?);
+        let credentials = Arc::new(config.tls.load()?);
         let (intake_pool, pool) = key_memory(&config)?;
         let boot = random_16();
         let store = Store::open(open_vault(&config, &pool)?, pool.clone(), boot)?

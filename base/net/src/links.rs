@@ -185,6 +185,9 @@ pub enum DownReason {
     /// The peer did not take what was queued for it.
     #[error("the peer is too slow, its queue ran over")]
     Slow,
+    /// Certificates or revocation lists were read again, and the peer's is not accepted any more.
+    #[error("the peer's certificate is not accepted any more")]
+    Refused,
     /// The peer has made a newer connection.
     #[error("replaced by a newer connection of the same peer")]
     Replaced,
@@ -250,6 +253,7 @@ impl Links {
             let link = connection::Link {
                 outbox,
                 events: events.clone(),
+                credentials: credentials.clone(),
             };
             if me < peer.id {
                 let dialer = dial::Dialer::new(peer, credentials.clone(), timing, seed);

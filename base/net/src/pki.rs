@@ -5,6 +5,7 @@
 //! the authority is kept elsewhere, and issues certificates with the same URIs ([`Identity`]).
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     fs::{DirBuilder, OpenOptions},
     io::{self, Write as _},
@@ -15,11 +16,15 @@ use std::{
 
 use qkd_keyfile::{AppId, NodeId, UnixTime};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    RevokedCertParams, SanType, SerialNumber,
 };
-use rustls::pki_types::{CertificateDer, pem::PemObject};
-use x509_parser::{certificate::X509Certificate, prelude::FromDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
+use x509_parser::{
+    certificate::X509Certificate, prelude::FromDer,
+    revocation_list::CertificateRevocationList as X509List,
+};
 use zeroize::Zeroizing;
 
 use crate::Identity;
@@ -89,6 +94,12 @@ pub enum PkiError {
         /// The authority's certificate.
         path: PathBuf,
     },
+    /// A file is no certificate, or no revocation list. Nothing was written.
+    #[error("{} is malformed", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A file cannot be read or written. What was written before stays.
     #[error("{}", path.display())]
     Io {
@@ -139,8 +150,79 @@ pub fn init(dir: &Path, request: &Request<'_>) -> Result<Paths, PkiError> {
 ///
 /// [`PkiError`]; each variant says what was written.
 pub fn add(dir: &Path, request: &Request<'_>) -> Result<Paths, PkiError> {
-    let (ca, ca_key) = (dir.join("ca.pem"), dir.join("ca.key"));
     let wanted = wanted(dir, request)?;
+    let (ca, issuer) = our_authority(dir, request.now)?;
+    issue(&wanted, &issuer, request)?;
+    Ok(Paths { ca, issued: wanted })
+}
+
+/// Takes the certificates of nodes and applications back: adds them to the revocation list `crl.pem`
+/// in `dir`, which is made if it is not there, and holds for `request.valid_days` from now. Without a
+/// name the list is only made anew.
+///
+/// # Errors
+///
+/// [`PkiError`]: the list is as it was.
+pub fn revoke(dir: &Path, request: &Request<'_>) -> Result<PathBuf, PkiError> {
+    let (_, issuer) = our_authority(dir, request.now)?;
+    let path = dir.join("crl.pem");
+    let mut serials = revoked(&path)?;
+    for issued in names(dir, request)? {
+        let pem = std::fs::read(&issued.certificate).map_err(io_error(&issued.certificate))?;
+        let malformed = || PkiError::Malformed {
+            path: issued.certificate.clone(),
+        };
+        let der = CertificateDer::from_pem_slice(&pem).map_err(|_| malformed())?;
+        let (_, certificate) = X509Certificate::from_der(&der).map_err(|_| malformed())?;
+        serials.insert(certificate.raw_serial().to_vec());
+    }
+    let since_epoch = Duration::from_nanos(u64::try_from(request.now.0).unwrap_or(0));
+    let epoch = rcgen::date_time_ymd(1970, 1, 1);
+    let entry = |serial: &Vec<u8>| RevokedCertParams {
+        serial_number: SerialNumber::from_slice(serial),
+        revocation_time: epoch + since_epoch,
+        reason_code: None,
+        invalidity_date: None,
+    };
+    let list = CertificateRevocationListParams {
+        this_update: epoch + since_epoch.saturating_sub(BACKDATED),
+        next_update: epoch + since_epoch + DAY * request.valid_days,
+        crl_number: SerialNumber::from(since_epoch.as_secs()),
+        issuing_distribution_point: None,
+        revoked_certs: serials.iter().map(entry).collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    let signed = list.signed_by(&issuer).and_then(|list| list.pem());
+    let pem = signed.map_err(certificate_error("revocation list"))?;
+    // Whoever reads it meanwhile finds the one before.
+    let passing = dir.join("crl.pem.new");
+    std::fs::write(&passing, pem)
+        .and_then(|()| std::fs::rename(&passing, &path))
+        .map_err(io_error(&path))?;
+    Ok(path)
+}
+
+/// Serial numbers on the list that is there.
+fn revoked(path: &Path) -> Result<BTreeSet<Vec<u8>>, PkiError> {
+    let pem = match std::fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        read => read.map_err(io_error(path))?,
+    };
+    let malformed = || PkiError::Malformed {
+        path: path.to_owned(),
+    };
+    let der = CertificateRevocationListDer::from_pem_slice(&pem).map_err(|_| malformed())?;
+    let (_, list) = X509List::from_der(&der).map_err(|_| malformed())?;
+    let serials = list.iter_revoked_certificates();
+    Ok(serials.map(|entry| entry.raw_serial().to_vec()).collect())
+}
+
+/// The authority that [`init`] left in `dir`.
+fn our_authority(
+    dir: &Path,
+    now: UnixTime,
+) -> Result<(PathBuf, Issuer<'static, KeyPair>), PkiError> {
+    let (ca, ca_key) = (dir.join("ca.pem"), dir.join("ca.key"));
     let foreign = || PkiError::Foreign { path: ca.clone() };
 
     let pem = std::fs::read(&ca).map_err(io_error(&ca))?;
@@ -155,8 +237,7 @@ pub fn add(dir: &Path, request: &Request<'_>) -> Result<Paths, PkiError> {
     if !ours {
         return Err(foreign());
     }
-    issue(&wanted, &Issuer::new(authority(request.now), key), request)?;
-    Ok(Paths { ca, issued: wanted })
+    Ok((ca, Issuer::new(authority(now), key)))
 }
 
 /// An ID as part of a file name: what is not a letter, a digit, `-` or `_` becomes `%` and two
@@ -177,6 +258,13 @@ pub fn file_name(id: &str) -> String {
 
 /// Everything that is to be made, checked before anything is.
 fn wanted(dir: &Path, request: &Request<'_>) -> Result<Vec<Issued>, PkiError> {
+    let wanted = names(dir, request)?;
+    check_absent(wanted.iter().flat_map(|w| [&w.certificate, &w.key]))?;
+    Ok(wanted)
+}
+
+/// All that are named, and their files.
+fn names(dir: &Path, request: &Request<'_>) -> Result<Vec<Issued>, PkiError> {
     let nodes = request.nodes.iter().cloned().map(Identity::Node);
     let apps = request.apps.iter().cloned().map(Identity::App);
     let mut wanted: Vec<Issued> = Vec::new();
@@ -194,7 +282,6 @@ fn wanted(dir: &Path, request: &Request<'_>) -> Result<Vec<Issued>, PkiError> {
             key: dir.join(format!("{stem}.key")),
         });
     }
-    check_absent(wanted.iter().flat_map(|w| [&w.certificate, &w.key]))?;
     Ok(wanted)
 }
 

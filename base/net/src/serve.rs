@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::{
     Identity,
-    tls::{self, HandshakeError, Reloadable, ServerStream},
+    tls::{self, HandshakeError, Reloadable, ServerStream, Shown},
 };
 
 /// Failed handshakes are logged this often at most.
@@ -83,7 +83,15 @@ pub async fn serve<H: Handler>(
             Some(done) = handshakes.join_next() => match done {
                 Ok((from, Ok((stream, client)))) => {
                     let handler = handler.clone();
-                    connections.spawn(async move { handler.talk(stream, client, from).await });
+                    let (credentials, shown) = (credentials.clone(), Shown::from(&stream));
+                    connections.spawn(async move {
+                        tokio::select! {
+                            () = handler.talk(stream, client, from) => {}
+                            () = credentials.until_refused(shown) => {
+                                tracing::warn!(%from, "connection closed: its certificate is refused now");
+                            }
+                        }
+                    });
                 }
                 Ok((from, Err(error))) => {
                     handler.failed(&error);

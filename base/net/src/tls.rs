@@ -2,8 +2,9 @@
 //!
 //! X25519MLKEM768 comes first among the key exchanges, so that traffic recorded today stays closed to
 //! a quantum computer later; X25519 and the NIST curves follow for peers that lack it. There is no
-//! resumption, no ticket and no 0-RTT: every connection proves anew who is there, and a certificate
-//! taken away by a reload opens no further connection.
+//! resumption, no ticket and no 0-RTT: every connection proves anew who is there. A certificate that
+//! the authority, its revocation list or its dates do not accept opens no connection, and loses the
+//! one that it has when the files are read again ([`Reloadable::until_refused`]).
 
 use std::{
     fmt, fs, io,
@@ -18,24 +19,31 @@ use rustls::{
     ClientConfig, RootCertStore, ServerConfig,
     client::{Resumption, WebPkiServerVerifier},
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
-    server::{NoServerSessionStorage, WebPkiClientVerifier},
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, pem::PemObject,
+    },
+    server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier},
     version::TLS13,
 };
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::watch};
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 use zeroize::Zeroizing;
 
 use crate::{Identity, IdentityError};
 
+mod revocation;
 mod verify;
+
+pub use revocation::Shown;
+use revocation::{Judges, Lists};
 
 /// Whom to trust and who to be: one certificate authority, one certificate with its key.
 #[derive(Clone)]
 pub struct Credentials {
     server: Arc<ServerConfig>,
     client: ClientMaterial,
+    judges: Judges,
     identity: Result<Identity, IdentityError>,
     not_after: UnixTime,
 }
@@ -44,7 +52,7 @@ pub struct Credentials {
 #[derive(Clone)]
 struct ClientMaterial {
     provider: Arc<CryptoProvider>,
-    roots: Arc<RootCertStore>,
+    servers: Arc<WebPkiServerVerifier>,
     chain: Vec<CertificateDer<'static>>,
     key: Arc<PrivateKeyDer<'static>>,
 }
@@ -66,7 +74,7 @@ pub enum CredentialsError {
     NotPem {
         /// The file.
         path: PathBuf,
-        /// "certificate" or "private key".
+        /// "certificate", "private key" or "revocation list".
         wanted: &'static str,
     },
     /// Everyone on this machine can read the private key.
@@ -81,6 +89,14 @@ pub enum CredentialsError {
     #[error("{} holds a certificate that cannot be a trust anchor", path.display())]
     Authority {
         /// The authority's file.
+        path: PathBuf,
+        /// What TLS says.
+        source: rustls::Error,
+    },
+    /// A revocation list cannot be used.
+    #[error("{} holds a revocation list that cannot be used", path.display())]
+    RevocationList {
+        /// The list's file.
         path: PathBuf,
         /// What TLS says.
         source: rustls::Error,
@@ -114,6 +130,21 @@ impl Credentials {
     ///
     /// [`CredentialsError`] names the file at fault. Nothing is kept.
     pub fn load(ca: &Path, certificate: &Path, key: &Path) -> Result<Self, CredentialsError> {
+        Self::load_with_crl(ca, certificate, key, None)
+    }
+
+    /// As [`load`](Self::load), and reads the authority's revocation lists (CRLs, PEM). A list that is
+    /// out of date refuses everybody, for it may lack the newest entry.
+    ///
+    /// # Errors
+    ///
+    /// [`CredentialsError`] names the file at fault. Nothing is kept.
+    pub fn load_with_crl(
+        ca: &Path,
+        certificate: &Path,
+        key: &Path,
+        crl: Option<&Path>,
+    ) -> Result<Self, CredentialsError> {
         let provider = Arc::new(provider());
         let roots = Arc::new(read_roots(ca)?);
         let chain = read_certificates(certificate)?;
@@ -124,16 +155,21 @@ impl Credentials {
             source,
         };
 
-        let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
-            .build()
-            .map_err(|error| CredentialsError::Authority {
-                path: ca.to_owned(),
-                source: rustls::Error::General(error.to_string()),
-            })?;
+        let judges = judges(&provider, &roots, crl)?.map_err(|error| {
+            let source = rustls::Error::General(error.to_string());
+            let path = crl.filter(|_| matches!(error, VerifierBuilderError::InvalidCrl(_)));
+            match path.map(Path::to_owned) {
+                Some(path) => CredentialsError::RevocationList { path, source },
+                None => CredentialsError::Authority {
+                    path: ca.to_owned(),
+                    source,
+                },
+            }
+        })?;
         let mut server = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .map_err(pair_error)?
-            .with_client_cert_verifier(clients)
+            .with_client_cert_verifier(judges.clients.clone())
             .with_single_cert(chain.clone(), private.clone_key())
             .map_err(pair_error)?;
         server.session_storage = Arc::new(NoServerSessionStorage {});
@@ -152,11 +188,18 @@ impl Credentials {
             not_after: UnixTime(not_after.saturating_mul(1_000_000_000)),
             client: ClientMaterial {
                 provider,
-                roots,
+                servers: judges.servers.clone(),
                 chain,
                 key: Arc::new(private),
             },
+            judges,
         })
+    }
+
+    /// Whether a peer's certificate would be accepted now, by authority, dates and revocation lists.
+    #[must_use]
+    pub fn accept(&self, shown: &Shown) -> bool {
+        self.judges.accept(shown)
     }
 
     /// Who we are, by our own certificate.
@@ -196,7 +239,7 @@ impl Credentials {
     pub fn client_config(&self, expected: &NodeId, alpn: &[&[u8]]) -> Arc<ClientConfig> {
         let verifier = verify::NodeVerifier::new(
             Identity::Node(expected.clone()),
-            self.client.roots.clone(),
+            self.client.servers.clone(),
             &self.client.provider,
         );
         self.client.config(Arc::new(verifier), alpn)
@@ -210,13 +253,7 @@ impl Credentials {
     /// Never: [`load`](Self::load) has used the same authority, certificate and key.
     #[must_use]
     pub fn web_client_config(&self, alpn: &[&[u8]]) -> Arc<ClientConfig> {
-        let verifier = WebPkiServerVerifier::builder_with_provider(
-            self.client.roots.clone(),
-            self.client.provider.clone(),
-        )
-        .build()
-        .expect("the roots are not empty and there are no revocation lists");
-        self.client.config(verifier, alpn)
+        self.client.config(self.client.servers.clone(), alpn)
     }
 }
 
@@ -256,7 +293,10 @@ pub struct Reloadable {
     ca: PathBuf,
     certificate: PathBuf,
     key: PathBuf,
+    crl: Option<PathBuf>,
     current: RwLock<Arc<Credentials>>,
+    /// Tells that they were read again.
+    read_again: watch::Sender<()>,
 }
 
 impl Reloadable {
@@ -266,11 +306,29 @@ impl Reloadable {
     ///
     /// As [`Credentials::load`].
     pub fn load(ca: &Path, certificate: &Path, key: &Path) -> Result<Self, CredentialsError> {
+        Self::load_with_crl(ca, certificate, key, None)
+    }
+
+    /// Loads the credentials for the first time, with the authority's revocation lists; see
+    /// [`Credentials::load_with_crl`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Credentials::load_with_crl`].
+    pub fn load_with_crl(
+        ca: &Path,
+        certificate: &Path,
+        key: &Path,
+        crl: Option<&Path>,
+    ) -> Result<Self, CredentialsError> {
+        let current = Credentials::load_with_crl(ca, certificate, key, crl)?;
         Ok(Self {
             ca: ca.to_owned(),
             certificate: certificate.to_owned(),
             key: key.to_owned(),
-            current: RwLock::new(Arc::new(Credentials::load(ca, certificate, key)?)),
+            crl: crl.map(Path::to_owned),
+            current: RwLock::new(Arc::new(current)),
+            read_again: watch::Sender::default(),
         })
     }
 
@@ -283,15 +341,28 @@ impl Reloadable {
             .clone()
     }
 
-    /// Reads the files again. Open connections stay as they are.
+    /// Reads the files again. Connections whose certificates are good still stay as they are.
     ///
     /// # Errors
     ///
     /// As [`Credentials::load`]; the credentials in use stay in use.
     pub fn reload(&self) -> Result<(), CredentialsError> {
-        let fresh = Arc::new(Credentials::load(&self.ca, &self.certificate, &self.key)?);
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        let crl = self.crl.as_deref();
+        let fresh = Credentials::load_with_crl(&self.ca, &self.certificate, &self.key, crl)?;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
+        self.read_again.send_replace(());
         Ok(())
+    }
+
+    /// Waits until a reload brings credentials that would not accept this peer any more: then its
+    /// connection is to be closed.
+    pub async fn until_refused(&self, shown: Shown) {
+        let mut read_again = self.read_again.subscribe();
+        // A reload between the handshake and now is not missed.
+        while self.current().accept(&shown) {
+            // The sender lives as long as this does.
+            let _ = read_again.changed().await;
+        }
     }
 }
 
@@ -380,6 +451,46 @@ fn provider() -> CryptoProvider {
         ],
         ..aws_lc_rs::default_provider()
     }
+}
+
+/// Who decides about certificates; the inner error is the verifiers'.
+fn judges(
+    provider: &Arc<CryptoProvider>,
+    roots: &Arc<RootCertStore>,
+    crl: Option<&Path>,
+) -> Result<Result<Judges, VerifierBuilderError>, CredentialsError> {
+    let lists: Lists = crl.map_or(Ok(Vec::new()), read_lists)?;
+    let (roots, provider) = (|| roots.clone(), || provider.clone());
+    let clients = WebPkiClientVerifier::builder_with_provider(roots(), provider())
+        .with_crls(lists.clone())
+        .enforce_revocation_expiration()
+        .build();
+    let servers = WebPkiServerVerifier::builder_with_provider(roots(), provider())
+        .with_crls(lists)
+        .enforce_revocation_expiration()
+        .build();
+    Ok(clients.and_then(|clients| {
+        Ok(Judges {
+            clients,
+            servers: servers?,
+        })
+    }))
+}
+
+fn read_lists(path: &Path) -> Result<Lists, CredentialsError> {
+    let not_pem = || CredentialsError::NotPem {
+        path: path.to_owned(),
+        wanted: "revocation list",
+    };
+    let text = read(path)?;
+    let lists: Lists = CertificateRevocationListDer::pem_slice_iter(&text)
+        .collect::<Result<_, _>>()
+        .map_err(|_| not_pem())?;
+    // Without a list nobody would be looked at.
+    if lists.is_empty() {
+        return Err(not_pem());
+    }
+    Ok(lists)
 }
 
 fn read_roots(path: &Path) -> Result<RootCertStore, CredentialsError> {

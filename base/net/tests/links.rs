@@ -5,7 +5,9 @@ mod common;
 
 use std::time::Duration;
 
-use common::{End, PATIENCE, authority, credentials, listener, mixed, node, timing};
+use common::{
+    End, PATIENCE, authority, credentials, heedful, listener, mixed, node, now, revoke, timing,
+};
 use qkd_net::{
     FrameError,
     links::{DownReason, LinkTiming, SendError},
@@ -186,12 +188,20 @@ async fn a_second_connection_of_a_peer_replaces_the_first() {
     assert!(b.handle.counters().replaced >= 1);
 }
 
-/// A node "a" played by hand, so that it can misbehave.
+/// A node "a" played by hand, so that it can misbehave towards "b".
 async fn by_hand(
     dir: &std::path::Path,
     address: &str,
 ) -> tokio_rustls::client::TlsStream<TcpStream> {
-    let config = credentials(dir, "node-a").client_config(&node("b"), &[b"qkd-kx/1"]);
+    by_hand_to(dir, "b", address).await
+}
+
+async fn by_hand_to(
+    dir: &std::path::Path,
+    to: &str,
+    address: &str,
+) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let config = credentials(dir, "node-a").client_config(&node(to), &[b"qkd-kx/1"]);
     let tcp = TcpStream::connect(address).await.unwrap();
     let mut stream = connect(tcp, config, PATIENCE).await.unwrap();
     stream.write_all(&[0; 4]).await.unwrap();
@@ -349,4 +359,84 @@ async fn a_node_that_is_not_let_in_is_never_up() {
     until(|| b.handle.counters().refused >= 3 && a.handle.counters().failed_dials >= 2).await;
     assert!(a.events.try_recv().is_err());
     assert_eq!(a.handle.status()[0].connection, None);
+}
+
+#[tokio::test]
+async fn a_revocation_closes_the_open_connection_of_that_peer_and_no_other() {
+    let dir = authority();
+    revoke(dir.path(), &[], now(), 30);
+    let (listen, address) = listener().await;
+    let (as_b, as_a) = (heedful(dir.path(), "node-b"), heedful(dir.path(), "node-a"));
+    let (to_c, c_address) = listener().await;
+    let peers = [("a", ""), ("c", &*c_address)];
+    let mut b = End::start_as(as_b.clone(), "b", Some(listen), &peers, timing());
+    let mut a = End::start_as(as_a.clone(), "a", None, &[("b", &address)], timing());
+    let mut c = End::start(dir.path(), "c", Some(to_c), &[("b", "")], timing());
+    a.up("b").await;
+    for _ in 0..2 {
+        assert!(matches!(b.next().await, qkd_net::LinkEvent::Up { .. }));
+    }
+    let to_b = c.up("b").await;
+
+    // The accepting end.
+    revoke(dir.path(), &["a"], now(), 30);
+    as_b.reload().unwrap();
+    assert!(matches!(b.down("a").await, DownReason::Refused));
+    a.down("b").await;
+    until(|| b.handle.counters().failed_handshakes >= 2).await;
+    c.handle
+        .send(&node("b"), to_b, b"still here".to_vec())
+        .unwrap();
+    assert_eq!(b.message().await, (node("c"), b"still here".to_vec()));
+
+    // And the one that dialled.
+    revoke(dir.path(), &["c"], now(), 30);
+    as_b.reload().unwrap();
+    assert!(matches!(b.down("c").await, DownReason::Refused));
+    c.down("b").await;
+    until(|| b.handle.counters().failed_dials >= 2).await;
+}
+
+#[tokio::test]
+async fn connections_that_never_finish_a_handshake_keep_no_peer_out() {
+    let dir = authority();
+    let (listen, address) = listener().await;
+    let impatient = LinkTiming {
+        handshake_within: Duration::from_millis(300),
+        ..timing()
+    };
+    let b = End::start(dir.path(), "b", Some(listen), &[("a", "")], impatient);
+    // Several times as many as are let in at once; each sends the first byte of a record.
+    let mut idle = Vec::new();
+    for _ in 0..200 {
+        let mut tcp = TcpStream::connect(&address).await.unwrap();
+        tcp.write_all(&[22]).await.unwrap();
+        idle.push(tcp);
+    }
+    let mut a = End::start(dir.path(), "a", None, &[("b", &address)], timing());
+    a.up("b").await;
+    until(|| b.handle.counters().failed_handshakes >= 200).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_floods_keeps_no_other_from_being_heard() {
+    let dir = authority();
+    let (listen, address) = listener().await;
+    let peers = [("a", ""), ("b", "")];
+    let mut c = End::start(dir.path(), "c", Some(listen), &peers, timing());
+    let mut flood = by_hand_to(dir.path(), "c", &address).await;
+    c.up("a").await;
+    let flooding = tokio::spawn(async move {
+        let frames = [0, 0, 0, 1, 7].repeat(1000);
+        while flood.write_all(&frames).await.is_ok() {}
+    });
+    let mut b = End::start(dir.path(), "b", None, &[("c", &address)], timing());
+    c.up_at_last("b").await;
+    let to_c = b.up("c").await;
+    for i in 0..10 {
+        b.handle.send(&node("c"), to_c, vec![i]).unwrap();
+        let heard = async { while c.message().await.0 != node("b") {} };
+        timeout(PATIENCE, heard).await.expect("b was not heard");
+    }
+    flooding.abort();
 }

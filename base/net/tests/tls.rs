@@ -5,7 +5,9 @@ mod common;
 
 use std::{fs, io, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
-use common::{PATIENCE, authority, credentials, listener, mixed, node, now, reloadable};
+use common::{
+    PATIENCE, authority, credentials, heedful, listener, mixed, node, now, reloadable, revoke,
+};
 use qkd_keyfile::UnixTime;
 use qkd_net::{
     Credentials, CredentialsError, Identity, IdentityError,
@@ -289,4 +291,114 @@ fn mixed_ca(dir: &std::path::Path) -> Credentials {
         &dir.join("ca.key"),
     )
     .unwrap()
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_is_refused_on_either_side_once_the_list_was_read() {
+    let dir = authority();
+    let (a, b) = (
+        credentials(dir.path(), "node-a"),
+        credentials(dir.path(), "node-b"),
+    );
+    revoke(dir.path(), &["c"], now(), 30);
+    let (heedful_a, heedful_b) = (heedful(dir.path(), "node-a"), heedful(dir.path(), "node-b"));
+    let (server, client) = meet(&heedful_b.current(), &heedful_a.current(), "b").await;
+    assert!(server.is_ok() && client.is_ok());
+
+    // What was revoked before stays revoked.
+    revoke(dir.path(), &["a"], now(), 30);
+    revoke(dir.path(), &["b"], now(), 30);
+    assert!(meet(&heedful_b.current(), &a, "b").await.0.is_ok());
+    heedful_a.reload().unwrap();
+    heedful_b.reload().unwrap();
+    let (server, client) = meet(&heedful_b.current(), &a, "b").await;
+    assert!(matches!(server, Err(HandshakeError::Tls(_))) && client.is_err());
+    let (server, client) = meet(&b, &heedful_a.current(), "b").await;
+    assert!(server.is_err() && client.is_err());
+    assert!(!heedful_b.current().accept(&shown_by(&a, &b).await));
+    assert!(b.accept(&shown_by(&a, &b).await));
+}
+
+/// What `a` shows `b`.
+async fn shown_by(a: &Credentials, b: &Credentials) -> qkd_net::tls::Shown {
+    let (listener, address) = listener().await;
+    let serving = async {
+        let (tcp, _) = listener.accept().await.unwrap();
+        accept(tcp, b.server_config(&[]), PATIENCE).await.unwrap()
+    };
+    let dialling = async {
+        let tcp = TcpStream::connect(address).await.unwrap();
+        connect(tcp, a.client_config(&node("b"), &[]), PATIENCE).await
+    };
+    let ((server, _), client) = tokio::join!(serving, dialling);
+    let _open = client.unwrap();
+    (&server).into()
+}
+
+#[tokio::test]
+async fn a_list_out_of_date_refuses_everybody_and_one_that_is_none_is_not_taken() {
+    let dir = authority();
+    let a = credentials(dir.path(), "node-a");
+    let two_days_ago = UnixTime(now().0 - 2 * 86_400_000_000_000);
+    revoke(dir.path(), &[], two_days_ago, 1);
+    let b = heedful(dir.path(), "node-b");
+    assert!(meet(&b.current(), &a, "b").await.0.is_err());
+    revoke(dir.path(), &[], now(), 1);
+    b.reload().unwrap();
+    assert!(meet(&b.current(), &a, "b").await.0.is_ok());
+
+    for (text, wanted) in [
+        ("no list", "no revocation list in PEM"),
+        ("", "no revocation list"),
+    ] {
+        fs::write(dir.path().join("crl.pem"), text).unwrap();
+        let error = b.reload().unwrap_err().to_string();
+        assert!(
+            error.contains("crl.pem") && error.contains(wanted),
+            "{error}"
+        );
+    }
+    assert!(
+        meet(&b.current(), &a, "b").await.0.is_ok(),
+        "the list before is still in use"
+    );
+}
+
+#[tokio::test]
+async fn a_peer_without_the_hybrid_exchange_is_met_with_x25519() {
+    let dir = authority();
+    let b = credentials(dir.path(), "node-b");
+    let ca = rustls::pki_types::CertificateDer::from_pem_file(dir.path().join("ca.pem")).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(ca).unwrap();
+    let provider = rustls::crypto::CryptoProvider {
+        kx_groups: vec![rustls::crypto::aws_lc_rs::kx_group::X25519],
+        ..rustls::crypto::aws_lc_rs::default_provider()
+    };
+    let path = |name: &str| dir.path().join(name);
+    let own = rustls::pki_types::CertificateDer::from_pem_file(path("node-a.pem")).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::from_pem_file(path("node-a.key")).unwrap();
+    let config = rustls::ClientConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![own], key)
+        .unwrap();
+    let (listener, address) = listener().await;
+    let serving = async {
+        let (tcp, _) = listener.accept().await.unwrap();
+        accept(tcp, b.server_config(&[]), PATIENCE).await
+    };
+    let dialling = async {
+        let tcp = TcpStream::connect(address).await.unwrap();
+        let name = "localhost".try_into().unwrap();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        connector.connect(name, tcp).await
+    };
+    let (server, client) = tokio::join!(serving, dialling);
+    let _open = client.unwrap();
+    let (stream, peer) = server.unwrap();
+    let group = stream.get_ref().1.negotiated_key_exchange_group();
+    assert_eq!(group.map(|group| group.name()), Some(NamedGroup::X25519));
+    assert_eq!(peer, Identity::Node(node("a")));
 }

@@ -216,6 +216,7 @@ pub(crate) struct Server {
     pub(crate) counters: Arc<Counters>,
     pub(crate) shutdown: watch::Sender<bool>,
     pub(crate) serving: JoinHandle<()>,
+    pub(crate) credentials: Arc<Reloadable>,
     pki: TempDir,
 }
 
@@ -232,11 +233,17 @@ impl Server {
         };
         pki::init(dir.path(), &request).unwrap();
         let path = |name: &str| dir.path().join(name);
+        let nobody = pki::Request {
+            nodes: &[],
+            apps: &[],
+            ..request
+        };
         let credentials = Arc::new(
-            Reloadable::load(
+            Reloadable::load_with_crl(
                 &path("ca.pem"),
                 &path("node-node-a.pem"),
                 &path("node-node-a.key"),
+                Some(&pki::revoke(dir.path(), &nobody).unwrap()),
             )
             .unwrap(),
         );
@@ -246,7 +253,7 @@ impl Server {
         let (shutdown, seen) = watch::channel(false);
         let serving = tokio::spawn(serve(
             listener,
-            credentials,
+            Arc::clone(&credentials),
             Arc::clone(&stock),
             config,
             Arc::clone(&counters),
@@ -258,8 +265,23 @@ impl Server {
             counters,
             shutdown,
             serving,
+            credentials,
             pki: dir,
         }
+    }
+
+    /// Takes an application's certificate back, and lets the listener hear of it.
+    pub(crate) fn revoke(&self, name: &str) {
+        let since_1970 = SystemTime::UNIX_EPOCH.elapsed().unwrap();
+        let request = pki::Request {
+            nodes: &[],
+            apps: &[app(name)],
+            extra_hosts: &[],
+            now: UnixTime(since_1970.as_nanos().try_into().unwrap()),
+            valid_days: 1,
+        };
+        pki::revoke(self.pki.path(), &request).unwrap();
+        self.credentials.reload().unwrap();
     }
 
     /// A file of the test's certificate authority.

@@ -18,6 +18,7 @@ use super::{ALPN, DownReason, LinkEvent, LinkTiming, outbox::Outbox};
 use crate::{
     FrameError, FrameReader,
     frame::{PREFIX_BYTES, TooLong},
+    tls::{Reloadable, Shown},
 };
 
 /// The frame that says "still here".
@@ -51,6 +52,7 @@ pub(super) async fn greet(stream: &mut Stream, timing: LinkTiming) -> io::Result
 pub(super) struct Link {
     pub(super) outbox: Arc<Outbox>,
     pub(super) events: mpsc::Sender<LinkEvent>,
+    pub(super) credentials: Arc<Reloadable>,
 }
 
 impl Link {
@@ -63,12 +65,14 @@ impl Link {
         let connection = self.outbox.open();
         let peer = self.outbox.peer.clone();
         tracing::info!(%peer, connection, "link is up");
+        let refused = self.credentials.until_refused(Shown::from(&stream));
         let (input, output) = split(stream);
         let told = OnceLock::new();
         let (reason, newcomer) = tokio::select! {
             reason = self.read(input, connection, &told) => (reason, None),
             error = self.write(output) => (DownReason::Write(error), None),
             () = self.outbox.overrun() => (DownReason::Slow, None),
+            () = refused => (DownReason::Refused, None),
             newcomer = replaced => (DownReason::Replaced, Some(newcomer)),
         };
         self.outbox.close();
@@ -152,6 +156,7 @@ impl Link {
             DownReason::Read(FrameError::TooLong(TooLong { .. })) => &mut counters.oversize,
             DownReason::Slow => &mut counters.slow,
             DownReason::Replaced => &mut counters.replaced,
+            DownReason::Refused => &mut counters.refused,
             DownReason::Closed | DownReason::Read(_) | DownReason::Write(_) => &mut counters.lost,
         });
     }

@@ -67,7 +67,8 @@ pub struct PeerStatus {
 pub struct LinkCounters {
     /// Incoming connections that were no TLS, had no certificate of the authority, or were too slow.
     pub failed_handshakes: u64,
-    /// Incoming connections of somebody who may not connect here.
+    /// Incoming connections of somebody who may not connect here, and connections closed because the
+    /// certificate is not accepted any more.
     pub refused: u64,
     /// Dials that came to nothing.
     pub failed_dials: u64,

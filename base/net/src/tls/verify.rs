@@ -3,24 +3,23 @@
 use std::{fmt, sync::Arc};
 
 use rustls::{
-    CertificateError, DigitallySignedStruct, Error, OtherError, PeerIncompatible, RootCertStore,
-    SignatureScheme,
+    CertificateError, DigitallySignedStruct, Error, OtherError, PeerIncompatible, SignatureScheme,
     client::{
+        WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
     },
     crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
-    server::ParsedCertificate,
 };
 
+use super::revocation::verify_server;
 use crate::{Identity, IdentityError};
 
 /// Accepts one identity only.
 #[derive(Debug)]
 pub(super) struct NodeVerifier {
     expected: Identity,
-    roots: Arc<RootCertStore>,
+    servers: Arc<WebPkiServerVerifier>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -43,12 +42,12 @@ impl fmt::Debug for WrongPeer {
 impl NodeVerifier {
     pub(super) fn new(
         expected: Identity,
-        roots: Arc<RootCertStore>,
+        servers: Arc<WebPkiServerVerifier>,
         provider: &CryptoProvider,
     ) -> Self {
         Self {
             expected,
-            roots,
+            servers,
             algorithms: provider.signature_verification_algorithms,
         }
     }
@@ -74,13 +73,7 @@ impl ServerCertVerifier for NodeVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        verify_server_cert_signed_by_trust_anchor(
-            &ParsedCertificate::try_from(end_entity)?,
-            &self.roots,
-            intermediates,
-            now,
-            self.algorithms.all,
-        )?;
+        verify_server(&self.servers, end_entity, intermediates, now)?;
         self.check_identity(end_entity).map_err(|wrong| {
             Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(wrong))))
         })?;

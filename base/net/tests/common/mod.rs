@@ -65,6 +65,30 @@ pub(crate) fn reloadable(dir: &Path, who: &str) -> Arc<Reloadable> {
     Arc::new(loaded.unwrap())
 }
 
+/// Credentials of `who` that heed the revocation list of their authority.
+pub(crate) fn heedful(dir: &Path, who: &str) -> Arc<Reloadable> {
+    let loaded = Reloadable::load_with_crl(
+        &dir.join("ca.pem"),
+        &dir.join(format!("{who}.pem")),
+        &dir.join(format!("{who}.key")),
+        Some(&dir.join("crl.pem")),
+    );
+    Arc::new(loaded.unwrap())
+}
+
+/// Puts nodes on the revocation list, which holds for so many days from `now` on.
+pub(crate) fn revoke(dir: &Path, nodes: &[&str], now: UnixTime, valid_days: u32) {
+    let nodes: Vec<NodeId> = nodes.iter().map(|id| node(id)).collect();
+    let request = Request {
+        nodes: &nodes,
+        apps: &[],
+        extra_hosts: &[],
+        now,
+        valid_days,
+    };
+    pki::revoke(dir, &request).unwrap();
+}
+
 pub(crate) async fn listener() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -92,6 +116,17 @@ impl End {
         peers: &[(&str, &str)],
         timing: LinkTiming,
     ) -> Self {
+        let credentials = reloadable(dir, &format!("node-{me}"));
+        Self::start_as(credentials, me, listen, peers, timing)
+    }
+
+    pub(crate) fn start_as(
+        credentials: Arc<Reloadable>,
+        me: &str,
+        listen: Option<TcpListener>,
+        peers: &[(&str, &str)],
+        timing: LinkTiming,
+    ) -> Self {
         let peers = peers.iter().map(|(id, address)| Peer {
             id: node(id),
             address: (*address).to_owned(),
@@ -100,7 +135,7 @@ impl End {
             me: node(me),
             listen,
             peers: peers.collect(),
-            credentials: reloadable(dir, &format!("node-{me}")),
+            credentials,
             timing,
             seed: 1,
         };
