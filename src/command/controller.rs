@@ -4,7 +4,6 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use qkd_control::{Controller, NetworkLink, Topology, serve};
 use qkd_keyfile::{AppId, NodeId};
-use qkd_net::Reloadable;
 use serde::Deserialize;
 use tokio::net::TcpListener;
 
