@@ -18,8 +18,11 @@ if [ $# -gt 0 ]; then
     deb=$1
 else
     cargo build --release --locked --bin qkd-bridge
-    mkdir -p target/completions
-    target/release/qkd-bridge completions bash >target/completions/qkd-bridge
+    rm -rf target/package && mkdir -p target/package/completions
+    target/release/qkd-bridge completions bash >target/package/completions/qkd-bridge
+    target/release/qkd-bridge completions zsh >target/package/completions/_qkd-bridge
+    target/release/qkd-bridge completions fish >target/package/completions/qkd-bridge.fish
+    target/release/qkd-bridge man --dir target/package/man
     deb=$(cargo deb --no-build --locked | tail -n 1)
 fi
 tree="$root/tree"
@@ -41,7 +44,11 @@ for file in \
     usr/share/doc/qkd-bridge/examples/ring_producer.c \
     usr/share/doc/qkd-bridge/copyright \
     usr/include/qkd_ring.h \
-    usr/share/bash-completion/completions/qkd-bridge
+    usr/share/bash-completion/completions/qkd-bridge \
+    usr/share/zsh/vendor-completions/_qkd-bridge \
+    usr/share/fish/vendor_completions.d/qkd-bridge.fish \
+    usr/share/man/man1/qkd-bridge.1.gz \
+    usr/share/man/man1/qkd-bridge-run.1.gz
 do
     [ -s "$tree/$file" ] || fail "$file is not there"
 done
@@ -57,6 +64,12 @@ case "$version" in "${printed#qkd-bridge }"*) ;; *) fail "$printed in package $v
 "$tree/usr/bin/qkd-bridge" completions bash |
     cmp -s - "$tree/usr/share/bash-completion/completions/qkd-bridge" || fail "completions of another version"
 
+if command -v man >/dev/null; then
+    MANWIDTH=100 man --warnings -l "$tree/usr/share/man/man1/qkd-bridge-run.1.gz" >"$root/man" 2>&1 || fail "manual page"
+    grep -q "SIGHUP" "$root/man" || fail "manual page of run"
+fi
+
+if command -v systemd-analyze >/dev/null; then
 echo "== unit"
 for unit in network-online time-sync multi-user sysinit basic shutdown network; do
     cp "/usr/lib/systemd/system/$unit.target" "$tree/usr/lib/systemd/system/" 2>/dev/null || true
@@ -75,6 +88,10 @@ grep -q '^qkd-bridge:' "$tree/etc/passwd" || fail "no user"
 if [ "$(id -u)" = 0 ]; then
     systemd-tmpfiles --create --root="$tree" qkd-bridge.conf
     [ "$(stat -c %a "$tree/run/qkd-bridge/keys")" = 700 ] || fail "folder for hand-over files"
+fi
+
+else
+    echo "== unit, user and folders: not looked at, there is no systemd here"
 fi
 
 echo "== header"

@@ -13,3 +13,4 @@ pub mod env;
 pub mod kek;
 pub mod node;
 pub mod process;
+pub mod service;

@@ -6,6 +6,7 @@ use std::{
     fs,
     io::Read,
     net::TcpListener,
+    os::unix::net::UnixDatagram,
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -64,10 +65,16 @@ struct Node(Child);
 
 impl Node {
     fn start(dir: &Path) -> Self {
+        Self::start_under(dir, &[])
+    }
+
+    /// Starts it with more in its environment, as a service manager does.
+    fn start_under(dir: &Path, environment: &[(&str, &str)]) -> Self {
         let log = fs::File::create(dir.join("alice.log")).unwrap();
         let child = program()
             .args(["run", "--config"])
             .arg(dir.join("alice.toml"))
+            .envs(environment.iter().copied())
             .stderr(log)
             .spawn()
             .unwrap();
@@ -233,6 +240,47 @@ fn a_hang_up_adds_changes_and_removes_module_pairs_and_names_what_needs_a_restar
     );
     assert!(module("mp4").is_null());
     assert!(node.stop().success());
+}
+
+#[test]
+fn a_service_manager_is_told_of_readiness_life_reloading_and_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    lonely_node(dir.path());
+    let path = dir.path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let next = || {
+        let mut bytes = [0; 512];
+        let len = manager
+            .recv(&mut bytes)
+            .expect("the manager is told something");
+        String::from_utf8(bytes[..len].to_vec()).unwrap()
+    };
+    let is_life = |said: &str| said.starts_with("WATCHDOG=1");
+    // Signs of life may come in between.
+    let next_but_life = || loop {
+        let said = next();
+        if !is_life(&said) {
+            break said;
+        }
+    };
+    let socket = path.to_str().unwrap();
+    let environment = [("NOTIFY_SOCKET", socket), ("WATCHDOG_USEC", "200000")];
+    let node = Node::start_under(dir.path(), &environment);
+    assert_eq!(next(), "READY=1");
+    for _ in 0..3 {
+        let said = next();
+        let expected = "WATCHDOG=1\nSTATUS=0 of 0 modules attached, 0 of 0 nodes connected";
+        assert_eq!(said, expected);
+    }
+    node.signal(Signal::SIGHUP);
+    let said = next_but_life();
+    assert!(said.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{said}");
+    assert_eq!(next_but_life(), "READY=1");
+    assert!(node.stop().success());
+    assert_eq!(next_but_life(), "STOPPING=1");
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod controller;
 mod demo;
 mod inspect;
 mod log;
+mod manual;
 mod pki;
 mod randomness;
 mod run;
@@ -139,6 +140,13 @@ enum Command {
     Store {
         #[command(subcommand)]
         command: store::StoreCommand,
+    },
+    /// Write the manual pages of this program, one for each command, to a folder.
+    #[command(after_help = "Example:\n  qkd-bridge man --dir /usr/local/share/man/man1")]
+    Man {
+        /// The folder.
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
     },
     /// Print a script that completes this program's command line in a shell.
     #[command(after_help = "Example:\n  \
@@ -298,6 +306,7 @@ impl Command {
             Self::Config { command } => command.run(),
             Self::Status { config, json } => status::run(&config, json),
             Self::Store { command } => command.run(),
+            Self::Man { dir } => Ok(manual::write(&dir)?),
             Self::Completions { shell } => {
                 completions::print(shell);
                 Ok(())

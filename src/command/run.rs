@@ -3,10 +3,13 @@
 use std::path::Path;
 
 use qkd_drivers::Openers;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::MissedTickBehavior,
+};
 
 use super::{Failure, chain, log, runtime};
-use crate::{config::Config, node::Node};
+use crate::{config::Config, node::Node, service::ServiceManager};
 
 pub(super) fn run(path: &Path, levels: Option<&str>, openers: Openers) -> Result<(), Failure> {
     let config = Config::read(path)?;
@@ -16,9 +19,12 @@ pub(super) fn run(path: &Path, levels: Option<&str>, openers: Openers) -> Result
     }
     runtime()?.block_on(async {
         let mut signals = Signals::new()?;
+        let manager = ServiceManager::from_environment();
         let mut node = Node::start_with(config, openers).await?;
-        let result = until_stopped(&mut node, &mut signals, path, &levels).await;
+        manager.ready();
+        let result = until_stopped(&mut node, &mut signals, &manager, path, &levels).await;
         tracing::info!("node stops");
+        manager.stopping();
         node.stop().await?;
         result
     })
@@ -27,15 +33,26 @@ pub(super) fn run(path: &Path, levels: Option<&str>, openers: Openers) -> Result
 async fn until_stopped(
     node: &mut Node,
     signals: &mut Signals,
+    manager: &ServiceManager,
     path: &Path,
     levels: &log::Levels,
 ) -> Result<(), Failure> {
+    let mut tick = tokio::time::interval(manager.alive_every());
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            // One that does not answer is not alive: the service manager starts it again.
+            _ = tick.tick() => if let Some(summary) = node.summary(manager.alive_every()).await {
+                manager.alive(&summary);
+            },
             () = node.failed() => return Err(Failure::StoreFailed),
             signal = signals.next() => match signal {
                 Order::Stop => return Ok(()),
-                Order::Reload => reload(node, path, levels).await,
+                Order::Reload => {
+                    manager.reloading();
+                    reload(node, path, levels).await;
+                    manager.ready();
+                }
             },
         }
     }

@@ -123,10 +123,7 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) fn new(kma: Kma, around: Surroundings) -> Self {
         for (module_pair, task) in &around.modules {
-            task.named.send_replace(Some(Named {
-                generation: kma.store().generation(module_pair),
-                session: None,
-            }));
+            name_first(&kma, module_pair, task);
         }
         Self {
             kma,
@@ -309,6 +306,7 @@ impl Agent {
                 module_pair,
                 task,
             } => {
+                name_first(&self.kma, &module_pair, &task);
                 self.around.modules.insert(module_pair.clone(), task);
                 self.handle(Input::ModulePair { peer, module_pair });
             }
@@ -436,6 +434,14 @@ fn quarantine(reason: RefuseReason) -> Option<QuarantineReason> {
         RefuseReason::DuplicateBlock => Some(QuarantineReason::Repeated),
         _ => None,
     }
+}
+
+/// Tells a module's task what its QKD-keys are called as long as the module tells no session.
+fn name_first(kma: &Kma, module_pair: &ModulePairId, task: &ModuleTask) {
+    task.named.send_replace(Some(Named {
+        generation: kma.store().generation(module_pair),
+        session: None,
+    }));
 }
 
 /// How long a stop may take.

@@ -114,6 +114,7 @@ pub struct Node {
     /// What it was started with, but for the module pairs, which may have changed since.
     config: Config,
     modules: Modules,
+    requests: mpsc::Sender<Request>,
     credentials: Arc<Reloadable>,
     stop: watch::Sender<bool>,
     tasks: JoinSet<()>,
@@ -160,6 +161,7 @@ impl Node {
         let (stop, shutdown) = watch::channel(false);
         let mut tasks = JoinSet::new();
         let (requests, request_receiver) = agent::requests();
+        let node_requests = requests.clone();
         let (pusher, popper) = handoff(HANDOFF_CAPACITY);
         let (stage_events, stage_receiver) = mpsc::unbounded_channel::<StageEvent>();
         let backend = Backend::detect();
@@ -271,6 +273,7 @@ impl Node {
         Ok(Self {
             config,
             modules,
+            requests: node_requests,
             credentials,
             stop,
             tasks,
@@ -288,6 +291,24 @@ impl Node {
             credentials: self.credentials.reload().err(),
             restart_needed: self.config.differing_sections(config),
         }
+    }
+
+    /// The state of the node in one line; `None` if its agent does not answer in this time.
+    pub async fn summary(&self, patience: Duration) -> Option<String> {
+        let asking = async {
+            let (reply, answer) = tokio::sync::oneshot::channel();
+            self.requests.send(Request::Status(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        let status = tokio::time::timeout(patience, asking).await.ok()??;
+        let modules = self.modules.reports().get();
+        Some(format!(
+            "{} of {} modules attached, {} of {} nodes connected",
+            modules.values().filter(|module| module.attached).count(),
+            modules.len(),
+            status.peers.iter().filter(|(_, is_up)| *is_up).count(),
+            status.peers.len(),
+        ))
     }
 
     /// Waits until the agent ends by itself: its store failed.
