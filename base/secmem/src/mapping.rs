@@ -83,6 +83,13 @@ impl Mapping {
         if let Err(errno) = mapping.advise(MmapAdvise::MADV_WIPEONFORK) {
             tracing::debug!(%errno, "kernel cannot wipe key memory in forked children");
         }
+        // Stock that grows touches every page once: a fault for each 4 KiB costs more than all that
+        // is done with the key in it. Small pools stay as small as they are.
+        if len_bytes.get() >= HUGE_FROM_BYTES
+            && let Err(errno) = mapping.advise(MmapAdvise::MADV_HUGEPAGE)
+        {
+            tracing::debug!(%errno, "kernel has no huge pages for key memory");
+        }
         Ok(mapping)
     }
 
@@ -127,9 +134,13 @@ impl Mapping {
     }
 
     fn advise(&self, advice: MmapAdvise) -> Result<(), Errno> {
+        if cfg!(miri) {
+            // Miri knows no such call.
+            return Ok(());
+        }
         // SAFETY:
-        // - The range is the mapping that `self` owns. The two advices used concern dumps and
-        //   forks only; the contents stay.
+        // - The range is the mapping that `self` owns. The advices used concern dumps, forks and
+        //   the size of pages only; the contents stay.
         unsafe { madvise(self.base.cast(), self.len_bytes.get(), advice) }
     }
 }
@@ -143,6 +154,9 @@ impl Drop for Mapping {
         debug_assert!(unmapped.is_ok(), "a mapping of our own can be unmapped");
     }
 }
+
+/// Pools from this size on are in huge pages, where the kernel has some to give.
+const HUGE_FROM_BYTES: usize = 32 << 20;
 
 /// What this process has locked so far; 0 where the kernel does not say.
 fn locked_bytes() -> u64 {
