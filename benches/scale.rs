@@ -77,7 +77,10 @@ fn graph() -> String {
         );
         let _ = write!(line, "{} {x} {y:.1} ", if at == 0 { "M" } else { "L" });
     }
-    let _ = writeln!(svg, "<path d=\"{line}\" fill=\"none\" stroke=\"black\"/>\n</svg>");
+    let _ = writeln!(
+        svg,
+        "<path d=\"{line}\" fill=\"none\" stroke=\"black\"/>\n</svg>"
+    );
     svg
 }
 
