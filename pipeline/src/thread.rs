@@ -84,20 +84,6 @@ pub fn spawn(
     handoff: Popper,
     events: impl FnMut(StageEvent) + Send + 'static,
 ) -> std::io::Result<StageHandle> {
-    spawn_prepared(stage, handoff, || {}, events)
-}
-
-/// [`spawn`], with something to be done first on the stage's thread: to pin it to a core, say.
-///
-/// # Errors
-///
-/// As [`spawn`].
-pub fn spawn_prepared(
-    stage: Stage,
-    handoff: Popper,
-    prepare: impl FnOnce() + Send + 'static,
-    events: impl FnMut(StageEvent) + Send + 'static,
-) -> std::io::Result<StageHandle> {
     let (commands, orders) = bounded(MAX_COMMANDS);
     let waker = handoff.waker();
     let running = Running {
@@ -109,10 +95,7 @@ pub fn spawn_prepared(
     };
     let thread = std::thread::Builder::new()
         .name("qkd-stage".to_owned())
-        .spawn(move || {
-            prepare();
-            running.run();
-        })?;
+        .spawn(move || running.run())?;
     Ok(StageHandle {
         commands: Some(commands),
         waker,

@@ -69,7 +69,7 @@ impl Backend {
         None
     }
 
-    /// [`Backend::sha_ni`], with AVX-512 F, BW, VL, VPOPCNTDQ and VPCLMULQDQ.
+    /// [`Backend::sha_ni`], with AVX-512 F, BW, VL, VBMI2, VPOPCNTDQ and VPCLMULQDQ.
     pub fn avx512() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         if Self::sha_ni().is_some()
