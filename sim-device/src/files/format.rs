@@ -121,8 +121,9 @@ fn cor_name(block: &Block) -> Result<String, FilesError> {
 
 fn uuid_records(block: &Block, key: &[u8]) -> Zeroizing<Vec<u8>> {
     let mut bytes = Zeroizing::new(Vec::with_capacity(key.len() / KEY_BYTES * RECORD_BYTES));
-    for (index, key) in (0_u32..).zip(key.chunks_exact(KEY_BYTES)) {
-        // No random UUID, but as unique, and the same at both halves.
+    for (index, key) in (1_u32..).zip(key.chunks_exact(KEY_BYTES)) {
+        // No random UUID, but as unique, and the same at both halves; never zero, which would be a hole
+        // in the file.
         bytes.extend_from_slice(&block.number.to_be_bytes());
         bytes.extend_from_slice(&block.generation.to_be_bytes());
         bytes.extend_from_slice(&index.to_be_bytes());

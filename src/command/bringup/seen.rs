@@ -152,16 +152,22 @@ pub(super) const fn severity(severity: Severity) -> &'static str {
     }
 }
 
-/// A value's name, with its unit as in a status text, and the value.
+/// A value's name, with its unit as in a status text, and the value, rounded.
 pub(super) fn value(value: &Value) -> (String, i64) {
-    let (name, value) = match value {
-        Value::QberPpm(ppm) => ("qber_ppm", i64::from(*ppm)),
-        Value::KeyRateBitsPerS(rate) => ("key_rate_bps", i64::try_from(*rate).unwrap_or(i64::MAX)),
-        Value::VisibilityPpm(ppm) => ("visibility_ppm", i64::from(*ppm)),
-        Value::TemperatureMilliCelsius(t) => ("temperature_mc", i64::from(*t)),
-        _ => ("other", 0),
+    let number = match value {
+        Value::QberPpm(ppm) | Value::VisibilityPpm(ppm) => i64::from(*ppm),
+        Value::KeyRateBitsPerS(rate) => i64::try_from(*rate).unwrap_or(i64::MAX),
+        Value::TemperatureMilliCelsius(t) => i64::from(*t),
+        Value::Other { value, .. } => rounded(value),
+        _ => 0,
     };
-    (name.to_owned(), value)
+    (value.name().to_owned(), number)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "clamped before")]
+fn rounded(decimal: &str) -> i64 {
+    let number: f64 = decimal.parse().unwrap_or(0.0);
+    number.clamp(-9e15, 9e15).round() as i64
 }
 
 /// The first word of how a value is shown to programmers: its variant.
