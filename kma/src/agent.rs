@@ -15,7 +15,7 @@ use crate::{
     supply::Supply,
     sync::{Announcement, LinkSync, ModulePairStatus},
     vault::VaultError,
-    wire::Message,
+    wire::{HopRef, Message},
 };
 
 /// A key management agent: one state machine per node, without sockets, clock or threads.
@@ -146,10 +146,15 @@ impl Kma {
                     link.disconnected();
                 }
             }
-            Input::Message { peer, bytes } => match Message::decode(&bytes) {
-                Some(message) => self.message(now, entropy, &peer, message),
-                None => tracing::warn!(%peer, "message cannot be read"),
-            },
+            Input::Message { peer, bytes } => {
+                if let Some(hop) = HopRef::decode(&bytes) {
+                    self.hop(now, &peer, hop);
+                } else if let Some(message) = Message::decode(&bytes) {
+                    self.message(now, entropy, &peer, message);
+                } else {
+                    tracing::warn!(%peer, "message cannot be read");
+                }
+            }
             Input::ModulePair { peer, module_pair } => {
                 if let Some(link) = self.links.get_mut(&peer) {
                     link.add_pair(&mut cx, module_pair);
@@ -423,10 +428,7 @@ impl Kma {
             Message::SpentTaken { stream, segments } => {
                 confirm::spent_taken(cx, peer, &stream, &segments);
             }
-            Message::Relay(hop) => {
-                let (config, sessions) = (&self.config, &mut self.sessions);
-                self.relay.hop(cx, config, sessions, peer, &hop);
-            }
+            Message::Relay(hop) => self.hop(now, peer, (&hop).into()),
             Message::RelayFailed { route, segment } => self.relay.failed(cx, peer, &route, segment),
             Message::Xor(part) => {
                 let (config, sessions) = (&self.config, &mut self.sessions);
@@ -454,6 +456,14 @@ impl Kma {
             Message::BindingsTaken { next } => self.supply.bindings_taken(cx, peer, next),
             Message::AskBinding { key_ids } => self.supply.asked(cx, peer, key_ids),
             Message::AskedBindings { key_ids } => self.supply.told(cx, peer, &key_ids),
+        }
+    }
+
+    fn hop(&mut self, now: Now, peer: &NodeId, hop: HopRef<'_>) {
+        if self.sessions.get(peer).is_some_and(Session::is_up) {
+            let mut cx = self.core.cx(now, &self.config.node);
+            let (config, sessions) = (&self.config, &mut self.sessions);
+            self.relay.hop(&mut cx, config, sessions, peer, hop);
         }
     }
 

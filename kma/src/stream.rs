@@ -76,6 +76,17 @@ enum Place {
     Finished,
 }
 
+/// What a look at every segment of a stream tells.
+#[derive(Debug, Default)]
+pub(crate) struct Count {
+    /// Usable bytes in stock that this end owns; answered segments count for nothing yet.
+    pub(crate) encrypting_bytes: u64,
+    /// Those that the other end owns.
+    pub(crate) decrypting_bytes: u64,
+    /// Bits that the double entry does not explain; 0 unless something is badly wrong.
+    pub(crate) imbalance_bits: i128,
+}
+
 /// Bits of a stream, double entry: `received` equals the sum of all the others and of the stock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Accounts {
@@ -160,31 +171,31 @@ impl Segment {
 }
 
 impl Stream {
-    /// Usable bytes in stock at this end, by key type; answered segments count for nothing yet.
-    pub(crate) fn stock_bytes(&self, key_type: KeyType) -> u64 {
-        self.segments
-            .values()
-            .filter(|s| s.stage == Stage::Confirmed && s.key_type == key_type)
-            .map(|s| u64::from(s.remaining_bytes()))
-            .sum()
-    }
-
-    /// Bits that the double entry does not explain; 0 unless something is badly wrong.
-    pub(crate) fn imbalance_bits(&self) -> i128 {
+    /// Counts all segments afresh: the stock, and what the double entry does not explain.
+    pub(crate) fn count_afresh(&self) -> Count {
+        let mut count = Count::default();
+        let mut left_bytes = 0;
+        for segment in self.segments.values() {
+            let bytes = u64::from(segment.remaining_bytes());
+            left_bytes += bytes;
+            match (segment.stage, segment.key_type) {
+                (Stage::Answered, _) => {}
+                (Stage::Confirmed, KeyType::Encrypting) => count.encrypting_bytes += bytes,
+                (Stage::Confirmed, KeyType::Decrypting) => count.decrypting_bytes += bytes,
+            }
+        }
         let a = &self.accounts;
-        let left = self
-            .segments
-            .values()
-            .map(|s| u64::from(s.remaining_bytes()));
         let out = [
             a.overhead_bits,
             a.pad_bits,
             a.supplied_bits,
             a.reserved_bits,
             a.burned_bits,
-            left.sum::<u64>() * 8,
+            left_bytes * 8,
         ];
-        i128::from(a.received_bits) - out.iter().map(|&bits| i128::from(bits)).sum::<i128>()
+        let out = out.iter().map(|&bits| i128::from(bits)).sum::<i128>();
+        count.imbalance_bits = i128::from(a.received_bits) - out;
+        count
     }
 
     pub(crate) fn store(

@@ -217,6 +217,74 @@ pub(crate) enum DropReason {
     Quarantined(QuarantineReason),
 }
 
+/// Where [`Message::Relay`] stands among the messages.
+const RELAY: u32 = 12;
+
+/// A [`SealedHop`] as it lies in its message: the bulk of what is said between KMAs is not copied to
+/// be read.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub(crate) struct HopRef<'a> {
+    pub(crate) header: &'a [u8],
+    pub(crate) ciphertext: &'a [u8],
+    pub(crate) tag: [u8; 16],
+}
+
+impl<'a> HopRef<'a> {
+    /// Reads a whole message; `None` for anything but a hop.
+    pub(crate) fn decode(bytes: &'a [u8]) -> Option<Self> {
+        let (kind, rest) = postcard::take_from_bytes::<u32>(bytes).ok()?;
+        if kind != RELAY || bytes.len() > MAX_MESSAGE_BYTES {
+            return None;
+        }
+        let (hop, rest) = postcard::take_from_bytes::<Self>(rest).ok()?;
+        rest.is_empty().then_some(hop)
+    }
+}
+
+impl<'a> From<&'a SealedHop> for HopRef<'a> {
+    fn from(hop: &'a SealedHop) -> Self {
+        Self {
+            header: &hop.header,
+            ciphertext: &hop.ciphertext,
+            tag: hop.tag,
+        }
+    }
+}
+
+/// A hop's message in the making: what [`Message::encode`] gives, without a copy of the ciphertext.
+#[derive(Debug)]
+pub(crate) struct HopWriter(Vec<u8>);
+
+impl HopWriter {
+    /// Begins a message with so long a ciphertext.
+    pub(crate) fn new(header: &[u8], ciphertext_bytes: usize) -> Self {
+        let mut this = Self(Vec::with_capacity(header.len() + ciphertext_bytes + 32));
+        this.number(u64::from(RELAY));
+        this.number(header.len() as u64);
+        this.0.extend_from_slice(header);
+        this.number(ciphertext_bytes as u64);
+        this
+    }
+
+    pub(crate) fn ciphertext(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    pub(crate) fn finish(mut self, tag: [u8; 16]) -> Vec<u8> {
+        self.0.extend_from_slice(&tag);
+        self.0
+    }
+
+    /// LEB128, as postcard has it.
+    fn number(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value.to_le_bytes()[0] | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value.to_le_bytes()[0]);
+    }
+}
+
 /// What a comparison found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Verdict {
@@ -408,6 +476,31 @@ mod tests {
             assert_eq!(Message::decode(&bytes[..len]), None);
         }
         assert_eq!(Message::decode(&[&bytes[..], &[0]].concat()), None);
+    }
+
+    #[test]
+    fn a_hop_reads_and_writes_in_place_as_any_message_does() {
+        for len in [0, 1, 127, 128, 70_000] {
+            let hop = SealedHop {
+                header: vec![7; len / 2],
+                ciphertext: vec![9; len],
+                tag: [3; 16],
+            };
+            let bytes = Message::Relay(hop.clone()).encode();
+            let mut writer = HopWriter::new(&hop.header, len);
+            writer.ciphertext(&hop.ciphertext);
+            assert_eq!(writer.finish(hop.tag), bytes);
+            let read = HopRef::decode(&bytes).unwrap();
+            assert_eq!(
+                (read.header, read.ciphertext),
+                (&hop.header[..], &hop.ciphertext[..])
+            );
+            assert_eq!(read.tag, hop.tag);
+            assert!(HopRef::decode(&bytes[..bytes.len() - 1]).is_none());
+            assert!(HopRef::decode(&[&bytes[..], &[0]].concat()).is_none());
+        }
+        let other = Message::BindingsTaken { next: 1 }.encode();
+        assert!(HopRef::decode(&other).is_none());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::{
     record::Purpose,
     session::{HashKey, Session},
     store::FollowError,
-    wire::{Cargo, MAX_ITEMS, Message, RelayHeader, Reservation, SealedHop},
+    wire::{Cargo, HopRef, MAX_ITEMS, Message, RelayHeader, Reservation},
 };
 
 /// What a hop has brought.
@@ -37,10 +37,10 @@ pub(crate) fn receive(
     cx: &mut Cx<'_>,
     session: &mut Session,
     peer: &NodeId,
-    hop: &SealedHop,
+    hop: HopRef<'_>,
 ) -> Result<Option<Arrived>, HopError> {
     let stream = link_stream(cx, peer).ok_or(HopError::Malformed)?;
-    let header: RelayHeader = postcard::from_bytes(&hop.header).map_err(|_| HopError::Malformed)?;
+    let header: RelayHeader = postcard::from_bytes(hop.header).map_err(|_| HopError::Malformed)?;
     if session.accepting_id() != Some(header.session) {
         return Ok(None);
     }
@@ -69,7 +69,7 @@ pub(crate) fn receive(
     let hash_key = hash_key.or_else(|| known.next()).map(|key| &key.key);
     let tag = hash_key
         .ok_or(HopError::Malformed)?
-        .tag(&hop.header, &hop.ciphertext);
+        .tag(hop.header, hop.ciphertext);
     let expected = masked(tag, pads.mask.expose());
     if !bool::from(expected.ct_eq(&hop.tag)) {
         return Err(HopError::BadTag);
@@ -82,7 +82,7 @@ pub(crate) fn receive(
         (Opened::File(header, file), _) => Arrived::File(header, file),
         (Opened::Padded(header), Some(mut pad)) => {
             // The pad's own buffer becomes the key file: no third copy of either exists.
-            cx.backend.xor_in_place(pad.expose_mut(), &hop.ciphertext);
+            cx.backend.xor_in_place(pad.expose_mut(), hop.ciphertext);
             Arrived::File(header, pad)
         }
         (Opened::Reserved(header, reservation), Some(bits)) => {
@@ -183,7 +183,7 @@ impl Opened {
 fn open(
     cx: &Cx<'_>,
     session: &Session,
-    hop: &SealedHop,
+    hop: HopRef<'_>,
     header: RelayHeader,
     pads: &Pads,
 ) -> Result<Opened, HopError> {
@@ -197,7 +197,7 @@ fn open(
             let key = key.ok_or(HopError::Malformed)?;
             let len = hop.ciphertext.len().saturating_sub(OVERHEAD_BYTES);
             let mut file = cx.store.pool().take(len).map_err(|_| HopError::Memory)?;
-            key.decrypt(nonce, &hop.header, &hop.ciphertext, &mut file)?;
+            key.decrypt(nonce, hop.header, hop.ciphertext, &mut file)?;
             Ok(Opened::File(header, file))
         }
     }

@@ -6,14 +6,14 @@ use qkd_secmem::KeyBuf;
 
 use super::{
     Batch, BatchKey, HopError, Leg, TAG_BYTES,
-    aes::{BATCH_MAX, KEY_BYTES},
+    aes::{BATCH_MAX, KEY_BYTES, OVERHEAD_BYTES},
     link_stream, masked, read_hash_key, read_some,
 };
 use crate::{
     io::Cx,
     record::Purpose,
     session::{HashKey, SentHop, Session},
-    wire::{Cargo, Message, RelayHeader, Reservation, SealedHop},
+    wire::{Cargo, HopWriter, RelayHeader, Reservation},
 };
 
 /// Room in a key file for its metadata, in bytes: what a hop needs beyond the unit is less.
@@ -78,11 +78,14 @@ fn send_padded(
     // Pad is there again: the next fallback begins with a fresh key.
     session.sending.batch = None;
     let pad = pads.pad.take().ok_or(HopError::Malformed)?;
-    depart(cx, session, leg, Cargo::Padded, pads, |tag_key, header| {
+    let cipher_bytes = key_file.len_bytes();
+    let cargo = (Cargo::Padded, cipher_bytes);
+    depart(cx, session, leg, cargo, pads, |tag_key, header, out| {
         let mut pad = pad;
         let (data, pad) = (key_file.expose_mut(), pad.expose_mut());
         let tag = tag_key.encrypt_tag_and_wipe(header, data, pad);
-        Ok((data.to_vec(), tag))
+        out.ciphertext(data);
+        Ok(tag)
     })?;
     Ok(())
 }
@@ -109,11 +112,12 @@ fn send_aes(
     pads.pad_spans.clone_from(&batch.key.spans);
     let nonce = batch.hops;
     batch.hops += 1;
-    let cargo = Cargo::Aes256Gcm { nonce };
-    depart(cx, session, leg, cargo, pads, |tag_key, header| {
+    let cipher_bytes = key_file.len_bytes() + OVERHEAD_BYTES;
+    let cargo = (Cargo::Aes256Gcm { nonce }, cipher_bytes);
+    depart(cx, session, leg, cargo, pads, |tag_key, header, out| {
         let ciphertext = batch.key.encrypt(nonce, header, key_file)?;
-        let tag = tag_key.tag(header, &ciphertext);
-        Ok((ciphertext, tag))
+        out.ciphertext(&ciphertext);
+        Ok(tag_key.tag(header, &ciphertext))
     })?;
     session.sending.batch = Some(batch);
     Ok(())
@@ -135,9 +139,9 @@ pub(crate) fn reserve(
     let purpose = Purpose::Relay(reservation.relay);
     let mut pads = take(cx, session, leg, len_bytes, leg.floor_bytes, purpose)?;
     let bits = pads.pad.take().ok_or(HopError::Malformed)?;
-    let cargo = Cargo::Reservation(reservation);
-    let sequence = depart(cx, session, leg, cargo, pads, |tag_key, header| {
-        Ok((Vec::new(), tag_key.tag(header, &[])))
+    let cargo = (Cargo::Reservation(reservation), 0);
+    let sequence = depart(cx, session, leg, cargo, pads, |tag_key, header, _| {
+        Ok(tag_key.tag(header, &[]))
     })?;
     Ok((bits, sequence))
 }
@@ -218,9 +222,9 @@ fn depart(
     cx: &mut Cx<'_>,
     session: &mut Session,
     leg: Leg<'_>,
-    cargo: Cargo,
+    (cargo, cipher_bytes): (Cargo, usize),
     pads: Pads,
-    seal: impl FnOnce(&TagKey, &[u8]) -> Result<(Vec<u8>, [u8; 16]), HopError>,
+    seal: impl FnOnce(&TagKey, &[u8], &mut HopWriter) -> Result<[u8; 16], HopError>,
 ) -> Result<u64, HopError> {
     let id = session.open_id().ok_or(HopError::Short)?;
     let stream = link_stream(cx, leg.next).ok_or(HopError::Malformed)?;
@@ -248,17 +252,13 @@ fn depart(
         mask: pads.mask_spans,
         pad: pads.pad_spans,
     });
-    let (ciphertext, tag) = seal(&hash_key.key, &header)?;
+    let mut writer = HopWriter::new(&header, cipher_bytes);
+    let tag = seal(&hash_key.key, &header, &mut writer)?;
     cx.store
         .carried(leg.route, leg.segment, &stream, named, method);
     sending.next_sequence += 1;
     sending.tags += 1;
-    let message = Message::Relay(SealedHop {
-        header,
-        ciphertext,
-        tag: masked(tag, pads.mask.expose()),
-    })
-    .encode();
+    let message = writer.finish(masked(tag, pads.mask.expose()));
     cx.send_bytes(leg.next, message.clone());
     let hop = SentHop {
         message,

@@ -34,7 +34,7 @@ use crate::{
     stock::{StockStatus, Stocks},
     store::{NewSegment, Store},
     supply::Asked,
-    wire::{Message, RelayHeader, ReservedFor, SealedHop, XorPart},
+    wire::{HopRef, Message, RelayHeader, ReservedFor, XorPart},
 };
 
 pub(crate) use route::stream_of;
@@ -186,7 +186,7 @@ impl Relay {
         config: &KmaConfig,
         sessions: &mut BTreeMap<NodeId, Session>,
         peer: &NodeId,
-        hop: &SealedHop,
+        hop: HopRef<'_>,
     ) {
         let Some(session) = sessions.get_mut(peer) else {
             return;

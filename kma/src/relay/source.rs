@@ -30,8 +30,13 @@ use crate::{
     wire::Message,
 };
 
-/// Units of one destination on their way at a time.
-const WINDOW: usize = 16;
+/// Units of one destination on their way at a time: as many as these bytes of key, within these
+/// numbers. Four commits lie on a unit's way there and back; the way must stay filled meanwhile.
+const WINDOW_BYTES: u64 = 8 << 20;
+const WINDOW_UNITS: (u64, u64) = (16, 192);
+
+/// The part of key memory that they may take.
+const WINDOW_SHARE: usize = 8;
 
 /// Pause after a failure, doubled up to the longest.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
@@ -96,6 +101,13 @@ struct Departed {
     at: Mono,
 }
 
+/// Units on their way to one destination, at most.
+fn window_units(unit_bytes: u32, memory_bytes: usize) -> u64 {
+    let (least, most) = WINDOW_UNITS;
+    let bytes = WINDOW_BYTES.min((memory_bytes / WINDOW_SHARE) as u64);
+    (bytes / u64::from(unit_bytes).max(1)).clamp(least, most)
+}
+
 impl Remote {
     fn coming_bytes(&self) -> u64 {
         self.on_the_way.len() as u64 * u64::from(self.config.unit_bytes)
@@ -117,7 +129,8 @@ impl Remote {
         let missing_bytes = stocks
             .target_bytes(destination)
             .saturating_sub(stock_bytes + self.coming_bytes());
-        let window = WINDOW.saturating_sub(self.on_the_way.len()) as u64;
+        let window = window_units(self.config.unit_bytes, cx.store.memory_bytes());
+        let window = window.saturating_sub(self.on_the_way.len() as u64);
         missing_bytes
             .div_ceil(u64::from(self.config.unit_bytes).max(1))
             .min(window)

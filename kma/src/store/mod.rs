@@ -62,6 +62,7 @@ const STAGED_MAX_BYTES: usize = crate::vault::MAX_COMMIT_BYTES / 4;
 pub struct Store {
     vault: Box<dyn Vault>,
     pool: Pool,
+    memory_bytes: usize,
     state: State,
     open_rows: OpenRows,
     staged_bytes: usize,
@@ -122,6 +123,7 @@ impl Store {
         state.freed.clear();
         let mut store = Self {
             vault,
+            memory_bytes: pool.stats().capacity_bytes,
             pool,
             state,
             open_rows: OpenRows::default(),
@@ -392,6 +394,11 @@ impl Store {
         &self.state
     }
 
+    /// Key memory that there is.
+    pub(crate) const fn memory_bytes(&self) -> usize {
+        self.memory_bytes
+    }
+
     pub(crate) fn pool(&self) -> &Pool {
         &self.pool
     }
@@ -415,12 +422,15 @@ impl Store {
         self.state
             .streams
             .iter()
-            .map(|(id, stream)| StreamAccounts {
-                stream: id.clone(),
-                accounts: stream.accounts,
-                encrypting_bytes: stream.stock_bytes(KeyType::Encrypting),
-                decrypting_bytes: stream.stock_bytes(KeyType::Decrypting),
-                imbalance_bits: stream.imbalance_bits(),
+            .map(|(id, stream)| {
+                let count = stream.count_afresh();
+                StreamAccounts {
+                    stream: id.clone(),
+                    accounts: stream.accounts,
+                    encrypting_bytes: count.encrypting_bytes,
+                    decrypting_bytes: count.decrypting_bytes,
+                    imbalance_bits: count.imbalance_bits,
+                }
             })
             .collect()
     }

@@ -223,7 +223,7 @@ pub fn check(
 
 fn check_books(survey: &Survey, report: &mut CheckReport) {
     for (stream, books) in &survey.state.streams {
-        let bits = books.imbalance_bits();
+        let bits = books.count_afresh().imbalance_bits;
         if bits != 0 {
             let stream = stream.clone();
             report.faults.push(StoreFault::Imbalance { stream, bits });
