@@ -44,7 +44,7 @@ fn schemes() -> Vec<(RelayScheme, SecurityLevel)> {
 
 /// Lets a fed network run until both ends have their stock.
 fn run(net: &mut Network, ends: [&str; 2]) {
-    for _ in 0..60 {
+    for _ in 0..40 {
         net.run(2);
         ends.iter().for_each(|end| net.deliver_random(end));
     }
@@ -53,12 +53,15 @@ fn run(net: &mut Network, ends: [&str; 2]) {
 #[test]
 fn every_scheme_gives_both_ends_the_same_keys_of_its_level_over_two_to_six_nodes() {
     for (scheme, level) in schemes() {
-        for nodes in 2..=6 {
+        // Other sources of random bits change nothing in the way.
+        let random = scheme.random();
+        let usual = random.is_none() || random == Some(RandomSource::System);
+        for nodes in if usual { 2..=6 } else { 3..=4 } {
             let names = chain_of(nodes);
             let configs = chain_and_centre(&names, CENTRE, &policy(scheme.clone()));
             let mut net = Network::new(configs, 40 + nodes as u64);
             net.start_all();
-            feed_chain(&mut net, &names, 0, 32);
+            feed_chain(&mut net, &names, 0, 24);
             run(&mut net, ["alice", "zoe"]);
             let case = format!("{scheme:?} over {nodes}");
             for (from, to) in [("alice", "zoe"), ("zoe", "alice")] {
@@ -131,23 +134,19 @@ fn aes_stands_in_while_pad_is_short_the_level_falls_and_one_time_pad_returns() {
     let ids: Vec<_> = keys.iter().map(|k| k.key_id).collect();
     let fetched = net.fetch("zoe", "alice", &ids).unwrap();
     assert!(keys.iter().zip(&fetched).all(|(a, b)| a.key.ct_eq(&b.key)));
-    // Pad returns, and with it level qkd.
+    // Pad returns, and with it one-time pad and level qkd.
     for id in 100..124 {
         net.deliver_both("r1", "zoe", id, 2048);
     }
     run(&mut net, ["alice", "zoe"]);
-    let after = methods(&net, "zoe");
-    assert!(after.len() > fallen.len());
-    assert!(
-        after[fallen.len()..]
-            .iter()
-            .all(|hops| *hops == [padded, padded])
-    );
-    // Served from units of level qkd only, though older ones of level any come first.
-    let keys = net
-        .supply_at("alice", "zoe", (8, 256), SecurityLevel::Qkd)
-        .unwrap();
-    let ids: Vec<_> = keys.iter().map(|k| k.key_id).collect();
+    let before = methods(&net, "zoe").len();
+    net.supply("alice", "zoe", 60, 256).unwrap();
+    run(&mut net, ["alice", "zoe"]);
+    let after = methods(&net, "zoe").split_off(before);
+    assert!(!after.is_empty() && after.iter().all(|hops| *hops == [padded, padded]));
+    // Served from units of level qkd only, though older ones of level any are there.
+    let keys = net.supply_at("alice", "zoe", (8, 256), SecurityLevel::Qkd);
+    let ids: Vec<_> = keys.unwrap().iter().map(|k| k.key_id).collect();
     assert_eq!(net.fetch("zoe", "alice", &ids).unwrap().len(), 8);
     net.run(40);
     net.check_books();
@@ -263,7 +262,7 @@ fn losses_crashes_and_cuts_leave_no_orphan_and_use_no_bit_twice_in_any_scheme() 
                 overtake: 10,
             };
             let (mut id, mut served) = (0, 0);
-            for round in 0..24 {
+            for round in 0..16 {
                 feed_chain(&mut net, &names, id, 4);
                 id += 4;
                 net.run(8);
