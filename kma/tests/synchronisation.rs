@@ -1,5 +1,11 @@
 //! Two KMAs that agree on what their modules deliver, however it comes.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "numbers of blocks become bytes of keys here"
+)]
+
 mod common;
 
 use std::{collections::BTreeMap, time::Duration};
