@@ -6,7 +6,9 @@ use serde::Deserialize;
 
 use crate::{
     advice::Advice,
+    clavis2::{Clavis2Config, Clavis2Source},
     directory::{DirectoryConfig, DirectorySource},
+    etsi014::{Etsi014Config, Etsi014Source, Role},
     openers::CustomConfig,
     records::Limits,
     serial::{SerialConfig, SerialSource},
@@ -31,19 +33,40 @@ pub enum DriverConfig {
     Serial(SerialConfig),
     /// A producer process that writes to shared memory.
     SharedMemory(SharedMemoryConfig),
+    /// The daemon of a Clavis2.
+    Clavis2(Clavis2Config),
+    /// A vendor's key manager.
+    Etsi014(Etsi014Config),
     /// A driver that the program has brought along; see [`Openers`](crate::Openers).
     Custom(CustomConfig),
 }
 
 impl DriverConfig {
-    /// The path of the folder, port or socket, for a caller that resolves relative ones.
-    pub fn path_mut(&mut self) -> &mut PathBuf {
+    /// The paths of folder, port, socket or certificates, for a caller that resolves relative ones.
+    pub fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
         match self {
-            Self::Directory(config) => &mut config.path,
-            Self::Serial(config) => &mut config.path,
-            Self::SharedMemory(config) => &mut config.socket,
+            Self::Directory(config) => vec![&mut config.path],
+            Self::Serial(config) => vec![&mut config.path],
+            Self::SharedMemory(config) => vec![&mut config.socket],
+            Self::Clavis2(_) => Vec::new(),
+            Self::Etsi014(config) => {
+                vec![&mut config.ca, &mut config.certificate, &mut config.key]
+            }
             // Which of its settings are paths only the driver knows.
-            Self::Custom(config) => &mut config.folder,
+            Self::Custom(config) => vec![&mut config.folder],
+        }
+    }
+
+    /// Whether the driver fetches keys by their IDs, so that it has to hear which the other end holds
+    /// ([`KeySource::request`]).
+    #[must_use]
+    pub fn fetches_by_id(&self) -> bool {
+        match self {
+            Self::Clavis2(config) => config.role == Role::Fetch,
+            Self::Etsi014(config) => config.role == Role::Fetch,
+            // It ignores what it has no use for.
+            Self::Custom(_) => true,
+            Self::Directory(_) | Self::Serial(_) | Self::SharedMemory(_) => false,
         }
     }
 
@@ -54,8 +77,9 @@ impl DriverConfig {
             Self::Serial(config) => config.limits,
             Self::SharedMemory(config) => config.limits,
             Self::Custom(config) => config.limits,
-            // Files tell no values.
-            Self::Directory(_) => Limits::default(),
+            Self::Directory(config) => config.limits,
+            // They tell no values.
+            Self::Clavis2(_) | Self::Etsi014(_) => Limits::default(),
         }
     }
 
@@ -73,6 +97,8 @@ impl DriverConfig {
             Self::Directory(config) => Box::new(DirectorySource::open(config)?),
             Self::Serial(config) => Box::new(SerialSource::open(config)?),
             Self::SharedMemory(config) => Box::new(SharedMemorySource::open(config)?),
+            Self::Clavis2(config) => Box::new(Clavis2Source::open(config)?),
+            Self::Etsi014(config) => Box::new(Etsi014Source::open(config)?),
             Self::Custom(config) => {
                 return Err(OpenError::UnknownDriver {
                     driver: config.driver.clone(),
@@ -155,6 +181,17 @@ pub enum OpenError {
         /// The reason.
         source: MapError,
     },
+    /// No socket towards a device.
+    #[error("cannot talk to {address}")]
+    Datagrams {
+        /// The device.
+        address: std::net::SocketAddr,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// Certificates for a key manager cannot be used.
+    #[error(transparent)]
+    Credentials(Box<qkd_net::CredentialsError>),
     /// This program has no driver of that name.
     #[error(
         "this program has no driver {driver:?} of its own{}: `kind = \"custom\"` is for programs that bring one along",

@@ -2,6 +2,7 @@
 
 use qkd_handover::{
     block::BlockError,
+    clavis2::{Clavis2Error, Refusal},
     hex_lines::HexLineError,
     r10::{self, R10Error},
     ring::RingFault,
@@ -12,6 +13,8 @@ use qkd_handover::{
 use qkd_keyfile::{KeyFileError, QkdKeyId, metadata::QkdKeyMetadata, units::bytes_for_bits};
 
 pub(crate) use qkd_handover::status::{Band, Severity};
+
+use crate::etsi014::ContainerError;
 
 /// Something that happened at a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -175,6 +178,17 @@ pub enum AlarmCode {
         /// Name of the file.
         file: String,
     },
+    /// A device answers that our requests are wrong.
+    DeviceRefuses {
+        /// Its reason.
+        reason: Refusal,
+    },
+    /// A key manager answers, and gives us nothing: 401 if it does not know our certificate, 400 if it
+    /// does not take the length of key or the number of keys.
+    KeyManagerRefuses {
+        /// Its HTTP status.
+        status: u16,
+    },
     /// The folder's state could not be written: a restart may not notice that the numbering began
     /// anew in between.
     CannotKeepNumbering {
@@ -267,6 +281,15 @@ pub enum CorruptReason {
         /// How far the key has come.
         state: r10::State,
     },
+    /// Not a datagram of a Clavis2.
+    #[error(transparent)]
+    Clavis2(#[from] Clavis2Error),
+    /// An answer to nothing that was asked, or to what was asked before, or of another key.
+    #[error("an answer to nothing that was asked")]
+    Unasked,
+    /// A key manager's answer is no key container. None of its keys is taken.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// Damage on a serial line. A damaged key frame comes again.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -311,6 +334,9 @@ pub enum DetachReason {
         /// The operating system's reason.
         error: std::io::ErrorKind,
     },
+    /// A request was not answered in time.
+    #[error("no answer")]
+    NoAnswer,
     /// The line was hung up.
     #[error("the line was hung up")]
     HungUp,

@@ -5,7 +5,9 @@
 //! [`DriverConfig::open`] opens it. Opening and using are apart, so that whatever uses a module can
 //! be handed a simulated one.
 //!
-//! - [`directory`]: hand-over files, as qcrypto writes them.
+//! - [`directory`]: hand-over files, as qcrypto and others write them.
+//! - [`clavis2`]: the daemon of a Clavis2, over UDP.
+//! - [`etsi014`]: a vendor's key manager.
 //! - [`serial`]: a device on a serial line that may be unplugged.
 //! - [`shared_memory`]: a producer process, which need not be trusted.
 //! - [`conformance`]: the contract as a test kit, for a driver of your own.
@@ -40,9 +42,11 @@
 #![forbid(unsafe_code)]
 
 pub mod advice;
+pub mod clavis2;
 mod config;
 pub mod conformance;
 pub mod directory;
+pub mod etsi014;
 mod event;
 mod openers;
 mod outstanding;
@@ -53,9 +57,12 @@ pub mod serial;
 pub mod shared_memory;
 mod source;
 mod waiting;
+mod wanted;
 
+pub use clavis2::Clavis2Config;
 pub use config::{DriverConfig, OpenError};
 pub use directory::DirectoryConfig;
+pub use etsi014::Etsi014Config;
 pub use event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event, KeyBlock, Metric, Value};
 pub use openers::{CustomConfig, Openers, SettingsError};
 pub use qkd_handover::status::{Band, ModuleState, Severity};

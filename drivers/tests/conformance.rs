@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write,
     ops::Range,
     path::PathBuf,
     sync::{
@@ -19,10 +20,12 @@ use common::{device::Device, producer::Connected};
 use qkd_drivers::{
     DirectoryConfig, DriverConfig, KeySource, SerialConfig, SharedMemoryConfig,
     conformance::{Bench, Checked, Offered, check},
+    directory::Format,
 };
 use qkd_handover::{
     block::BlockHeader,
     type7::{Header, TAG, encode_words, words_bytes},
+    uuid_record::qkd_key_id,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
@@ -96,6 +99,44 @@ impl Bench for Folder {
                 fs::write(&temporary, bytes).unwrap();
                 fs::rename(temporary, self.folder.path().join(&name)).unwrap();
                 offered(number, &name)
+            })
+            .collect()
+    }
+}
+
+/// A file that records are appended to.
+struct Appended {
+    folder: TempDir,
+    next: u64,
+}
+
+impl Bench for Appended {
+    fn open(&mut self) -> Box<dyn KeySource> {
+        let config = DirectoryConfig {
+            rescan_interval_ms: 200,
+            format: Format::UuidRecords,
+            file: Some("keys.bin".to_owned()),
+            ..DirectoryConfig::new(self.folder.path())
+        };
+        DriverConfig::Directory(config).open().unwrap()
+    }
+
+    fn offer(&mut self, blocks: u32) -> Vec<Offered> {
+        let mut file = fs::File::options();
+        let file = file.append(true).create(true);
+        let mut file = file.open(self.folder.path().join("keys.bin")).unwrap();
+        next_blocks(&mut self.next, blocks)
+            .map(|number| {
+                let uuid = u128::from(number + 1).to_be_bytes();
+                let key: Vec<u8> = (0..32_u64)
+                    .map(|i| (number.wrapping_mul(0x9e37_79b9) ^ (i * 7)).to_le_bytes()[0])
+                    .collect();
+                file.write_all(&[&uuid[..], &key].concat()).unwrap();
+                Offered {
+                    id: qkd_key_id(&uuid),
+                    key_bits: 256,
+                    key,
+                }
             })
             .collect()
     }
@@ -258,6 +299,16 @@ async fn the_directory_driver_keeps_the_contract() {
         left.len() <= 2,
         "only the quarantine folder and the note stay: {left:?}"
     );
+}
+
+#[tokio::test]
+async fn the_directory_driver_keeps_the_contract_with_records_that_are_appended() {
+    let mut bench = Appended {
+        folder: tempfile::tempdir().unwrap(),
+        next: 0,
+    };
+    let checked = check(&mut bench).await.unwrap();
+    assert!(!checked.replugged && !checked.ruined);
 }
 
 #[tokio::test]

@@ -157,6 +157,7 @@ fn every_setting_is_shown_with_its_default() {
         let with_optional = text.replace("# module =", "module =");
         let with_optional = with_optional.replace("# matching_module =", "matching_module =");
         let with_optional = with_optional.replace("# device =", "device =");
+        let with_optional = with_optional.replace("# file =", "file =");
         let table: toml::Table = toml::from_str(&with_optional).unwrap();
         assert!(toml::from_str::<DriverConfig>(&with_optional).is_ok());
         let debug = format!("{expected:#?}");

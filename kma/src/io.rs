@@ -187,6 +187,14 @@ pub enum Output {
         /// The session that it holds for, if the module told one.
         session: Option<u64>,
     },
+    /// The peer holds QKD-keys that are not here. A driver that fetches keys by their IDs is to fetch
+    /// them; said again for as long as it is so.
+    Elsewhere {
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// The QKD-keys, of the present generation.
+        ids: Vec<QkdKeyId>,
+    },
     /// A QKD-key is settled: the pipeline forgets it, and its driver is told.
     Settle {
         /// The QKD-key.

@@ -162,8 +162,9 @@ fn sections(file: &toml::Table) -> BTreeMap<String, toml::Value> {
 
 /// Paths of a driver, taken from the configuration's folder.
 pub(crate) fn resolve_driver(driver: &mut DriverConfig, base: &Path) {
-    let path = driver.path_mut();
-    *path = base.join(&*path);
+    for path in driver.paths_mut() {
+        *path = base.join(&*path);
+    }
 }
 
 #[cfg(test)]

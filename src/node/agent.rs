@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use qkd_keyfile::{Clock, ModulePairId, NodeId, QkdKeyName};
+use qkd_keyfile::{Clock, ModulePairId, NodeId, QkdKeyId, QkdKeyName};
 use qkd_kma::{
     Alarm, FormatTicket, FormattedSegment, Input, Kma, MASK_BITS, Output, QuarantineReason,
     Settlement, Status, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder, vault::VaultError,
@@ -37,6 +37,8 @@ pub(crate) struct ModuleTask {
     pub(crate) settle: mpsc::UnboundedSender<(QkdKeyName, Settlement)>,
     /// What those that it reads now are called.
     pub(crate) named: watch::Sender<Option<Named>>,
+    /// QKD-keys that it is to fetch, if its driver fetches keys by their IDs.
+    pub(crate) wanted: Option<mpsc::Sender<Vec<QkdKeyId>>>,
 }
 
 type Supplied = Result<Vec<SuppliedKey>, SupplyError>;
@@ -367,6 +369,13 @@ impl Agent {
             Output::Settle { name, outcome } => {
                 self.orders.push_back(Command::Drop { name: name.clone() });
                 self.settle(name, outcome);
+            }
+            Output::Elsewhere { module_pair, ids } => {
+                let task = self.around.modules.get(&module_pair);
+                if let Some(wanted) = task.and_then(|task| task.wanted.as_ref()) {
+                    // What finds no room is said again.
+                    let _ = wanted.try_send(ids);
+                }
             }
             Output::Numbering {
                 module_pair,

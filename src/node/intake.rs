@@ -20,7 +20,7 @@ use std::{
 };
 
 use qkd_drivers::{DriverConfig, Event, KeyBlock, KeySource, Metric, Openers, Value, next_event};
-use qkd_keyfile::{ModulePairId, QkdKeyName};
+use qkd_keyfile::{ModulePairId, QkdKeyId, QkdKeyName};
 use qkd_kma::Settlement;
 use qkd_pipeline::{Descriptor, PushError, Pusher};
 use qkd_secmem::{KeyBuf, Pool};
@@ -56,6 +56,8 @@ pub(crate) struct Intake {
     pub(crate) share_bytes: Arc<AtomicUsize>,
     pub(crate) pusher: Pusher,
     pub(crate) settled: mpsc::UnboundedReceiver<(QkdKeyName, Settlement)>,
+    /// QKD-keys that the other end holds and this one lacks.
+    pub(crate) wanted: mpsc::Receiver<Vec<QkdKeyId>>,
     /// Whether the store of the link is full.
     pub(crate) full: watch::Receiver<bool>,
     pub(crate) state: watch::Sender<ModuleReport>,
@@ -87,6 +89,11 @@ impl Intake {
                 Some((name, outcome)) = self.settled.recv() => {
                     self.settle(&name, outcome, &mut credit);
                     progress = Instant::now();
+                    free = Some(buffer);
+                    continue;
+                }
+                Some(ids) = self.wanted.recv() => {
+                    self.source.request(&ids);
                     free = Some(buffer);
                     continue;
                 }

@@ -235,6 +235,7 @@ impl Modules {
     ) -> ModuleTask {
         let (settle, settled) = mpsc::unbounded_channel();
         let (named, naming) = watch::channel(None);
+        let (fetch, wanted) = mpsc::channel(WANTED_MAX);
         let (state, report) = watch::channel(ModuleReport::default());
         let (stop, stopped) = watch::channel(false);
         // Links that this process lacks were sorted out before.
@@ -249,6 +250,7 @@ impl Modules {
             share_bytes: self.share_bytes.clone(),
             pusher: self.pusher.clone(),
             settled,
+            wanted,
             naming: Naming::new(naming, self.requests.clone()),
             full: full.unwrap_or_else(|| watch::channel(false).1),
             state,
@@ -256,8 +258,13 @@ impl Modules {
         };
         let task = tokio::spawn(intake.run(stopped));
         self.reports.set(&name, Some((entry.peer.clone(), report)));
+        let wanted = entry.driver.fetches_by_id().then_some(fetch);
         self.running.insert(name, Running { entry, stop, task });
-        ModuleTask { settle, named }
+        ModuleTask {
+            settle,
+            named,
+            wanted,
+        }
     }
 
     async fn end(&mut self, name: &ModulePairId) {
@@ -267,6 +274,9 @@ impl Modules {
         }
     }
 }
+
+/// Announcements of the other end that wait for a driver which fetches keys; more are said again.
+const WANTED_MAX: usize = 16;
 
 fn entries(config: &Config) -> BTreeMap<ModulePairId, Entry> {
     let pairs = config.links.iter().flat_map(|link| {

@@ -441,6 +441,30 @@ pub async fn connect(
         .map_err(HandshakeError::Tls)
 }
 
+/// Client side of a handshake with a server of others, by its host name or address
+/// ([`Credentials::web_client_config`]).
+///
+/// # Errors
+///
+/// [`HandshakeError`]: the connection is closed.
+pub async fn connect_to_host(
+    tcp: TcpStream,
+    config: Arc<ClientConfig>,
+    host: &str,
+    within: Duration,
+) -> Result<ClientStream, HandshakeError> {
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|error| HandshakeError::Tls(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+    let handshake = async {
+        tcp.set_nodelay(true)?;
+        TlsConnector::from(config).connect(name, tcp).await
+    };
+    tokio::time::timeout(within, handshake)
+        .await
+        .map_err(|_| HandshakeError::TimedOut { within })?
+        .map_err(HandshakeError::Tls)
+}
+
 fn provider() -> CryptoProvider {
     CryptoProvider {
         kx_groups: vec![

@@ -48,6 +48,7 @@ use self::{
 use crate::{
     config::OpenError,
     event::{DetachReason, Event, KeyBlock},
+    records::Limits,
     scratch::Scratch,
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
@@ -115,6 +116,9 @@ pub struct DirectoryConfig {
     /// Users who may own the folder and its files, besides root and the user of this process.
     #[serde(default)]
     pub owner_uids: Vec<u32>,
+    /// When an error rate counts as out of range; only R10 records tell one.
+    #[serde(default)]
+    pub limits: Limits,
     /// QKD module ID for the metadata; the files do not tell it.
     #[serde(default)]
     pub module: Option<ModuleId>,
@@ -150,6 +154,7 @@ impl DirectoryConfig {
             partial_timeout_ms: default_partial_timeout_ms(),
             numbering_tolerance_s: default_numbering_tolerance_s(),
             owner_uids: Vec::new(),
+            limits: Limits::default(),
             module: None,
             matching_module: None,
         }

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     RESEND_AFTER,
-    io::{Alarm, Cx},
+    io::{Alarm, Cx, Output},
     wire::{DropReason, Message},
 };
 
@@ -122,15 +122,25 @@ impl LinkSync {
             return;
         }
         let now = cx.now.mono;
+        let mut elsewhere = Vec::new();
         for (id, key_bits) in announcement.held {
             let used = cx.store.is_used(&name_of(cx, module_pair, &id));
             self.with_pair(module_pair, |pair| {
+                if !used && !pair.held.contains_key(&id) {
+                    elsewhere.push(id.clone());
+                }
                 if pair.held.contains_key(&id) || !used {
                     pair.peer_holds(now, id, key_bits);
                 } else {
                     // Settled here: the peer has to hear it.
                     pair.tell_dropped(id, DropReason::Gone);
                 }
+            });
+        }
+        if !elsewhere.is_empty() {
+            cx.out.push(Output::Elsewhere {
+                module_pair: module_pair.clone(),
+                ids: elsewhere,
             });
         }
         self.with_pair(module_pair, |pair| {

@@ -495,6 +495,7 @@ impl Network {
                 node.waiting.remove(&name);
                 node.settled.insert(name, outcome);
             }
+            Output::Elsewhere { .. } => {}
             Output::Numbering {
                 module_pair,
                 generation,
