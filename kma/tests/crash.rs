@@ -144,22 +144,20 @@ const SYSTEM_CALLS: [&str; 9] = [
 
 #[test]
 fn a_death_in_any_system_call_loses_nothing_that_was_acknowledged() {
-    if !run(
-        "strace",
-        &["-f", "--seccomp-bpf", "-o", "/dev/null", "true"],
-    ) {
+    if !run("strace", &["-f", "-o", "/dev/null", "true"]) {
         println!("skipped: strace is not there, or may not trace");
         return;
     }
     let step = if full() { 1 } else { 120 };
     let mut pairs = 0;
-    for call in SYSTEM_CALLS {
+    // A small run takes some of the calls.
+    let (first, every) = if full() { (0, 1) } else { (seed() % 4, 4) };
+    for call in SYSTEM_CALLS.into_iter().skip(first).step_by(every) {
         for n in (1 + seed() % step..).step_by(step) {
             let dir = TempDir::new().unwrap();
             let wrapper: Wrapper = [
                 "strace",
                 "-f",
-                "--seccomp-bpf",
                 "-qq",
                 "-o",
                 "/dev/null",
@@ -191,7 +189,7 @@ fn a_death_in_any_system_call_loses_nothing_that_was_acknowledged() {
         }
     }
     println!("died in {pairs} (system call, n) pairs");
-    assert!(pairs > 2, "strace killed nothing");
+    assert!(pairs > 0, "strace killed nothing");
 }
 
 #[test]

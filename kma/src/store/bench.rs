@@ -115,6 +115,16 @@ impl Bench {
 
     /// Follows the other end, which used a key of its own.
     pub fn follow(&mut self, len_bytes: u32) {
+        // Some numbers belong to segments that were forgotten.
+        while self.followed.1 == 0
+            && self.followed.0 < self.stored
+            && self
+                .store
+                .segment(&self.stream, SegmentNumber(self.followed.0))
+                .is_none()
+        {
+            self.followed.0 += 2;
+        }
         let (segment, offset_bytes) = self.followed;
         let span = KeySpan {
             segment: SegmentNumber(segment),

@@ -105,6 +105,12 @@ impl Agent {
         }
     }
 
+    /// Stock and peers, for whoever looks into a failure.
+    pub fn describe(&self) -> String {
+        let status = self.kma.status();
+        format!("{:?} {:?}", status.peers, status.streams)
+    }
+
     /// One order is one batch.
     pub fn take(&mut self, order: Order, tell: &mut dyn FnMut(Reply)) {
         let input = match order {

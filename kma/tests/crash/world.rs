@@ -60,6 +60,8 @@ pub struct World {
     pub fetched: BTreeSet<KsaKeyId>,
     stored: BTreeMap<NodeId, BTreeSet<QkdKeyName>>,
     pub alarms: Vec<String>,
+    /// Why there was no key when it was asked for last.
+    refused: String,
     pub deaths: u32,
     /// The victim is killed so long after its next order, in microseconds.
     pub kill_after_us: Option<u64>,
@@ -88,6 +90,7 @@ impl World {
             fetched: BTreeSet::new(),
             stored: BTreeMap::new(),
             alarms: Vec::new(),
+            refused: String::new(),
             deaths: 0,
             kill_after_us: None,
             configs,
@@ -283,11 +286,14 @@ impl World {
         let order = self.next_order;
         self.order(&from, &Order::Supply(order, to.clone(), 3));
         self.pump();
-        if let Some(Ok(keys)) = self.answers.remove(&order) {
-            for (id, bytes) in keys {
-                let before = self.given.insert(id, (from.clone(), to.clone(), bytes));
-                assert!(before.is_none(), "an ID was given twice");
+        match self.answers.remove(&order) {
+            Some(Ok(keys)) => {
+                for (id, bytes) in keys {
+                    let before = self.given.insert(id, (from.clone(), to.clone(), bytes));
+                    assert!(before.is_none(), "an ID was given twice");
+                }
             }
+            answer => self.refused = format!("{from} to {to}: {answer:?}"),
         }
     }
 
@@ -349,7 +355,7 @@ impl World {
         // A process that no fail point waits in.
         self.kill();
         self.start(&Wrapper::new());
-        for _ in 0..6 {
+        for _ in 0..20 {
             self.deliver();
             self.tick();
         }
@@ -387,11 +393,25 @@ impl World {
             self.supply();
             self.tick();
         }
-        assert!(self.given.len() > before, "no key flows after the faults");
+        let refused = self.describe();
+        assert!(
+            self.given.len() > before,
+            "no key flows after the faults: {refused}"
+        );
         for name in self.configs.keys().cloned().collect::<Vec<_>>() {
             self.order(&name, &Order::Report);
         }
         self.check();
+    }
+
+    /// How things are at those that live here, for whoever looks into a failure.
+    fn describe(&self) -> String {
+        let sides = self.sides.iter().filter_map(|(name, side)| match side {
+            Side::Here(agent) => Some(format!("{name}: {}", agent.describe())),
+            _ => None,
+        });
+        let sides: Vec<String> = sides.collect();
+        format!("{}; {}", self.refused, sides.join("; "))
     }
 
     /// Every record of all three, archives first.
