@@ -355,11 +355,12 @@ impl World {
         // A process that no fail point waits in.
         self.kill();
         self.start(&Wrapper::new());
-        for _ in 0..20 {
+        for _ in 0..8 {
             self.deliver();
             self.tick();
         }
-        for _ in 0..40 {
+        // Units that were lost on their way are given up after ten seconds.
+        for _ in 0..130 {
             self.tick();
         }
         // A key whose destination died between recording the fetch and telling it is burned: at most
