@@ -42,8 +42,8 @@ pub fn unix_now() -> UnixTime {
 
 /// The operating system's generator; for long outputs, a generator that it seeds.
 ///
-/// To fill units from the kernel's took longer than to encrypt them. Beyond [`DIRECT_MAX_BYTES`] the
-/// bytes come from the cryptographic library's CTR_DRBG (AES-256; NIST SP
+/// To fill units from the kernel's took longer than to encrypt them. Beyond 256 bytes they
+/// come from the cryptographic library's CTR_DRBG (AES-256; NIST SP
 /// 800-90A), which is seeded, and seeded again, from the kernel's. Both are computational: level
 /// `any`.
 #[derive(Debug, Clone, Copy)]
