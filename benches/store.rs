@@ -8,7 +8,7 @@
 //! `confirm` is per segment: 128 keys.
 //!
 //! Before each size the bench prints the memory that the process took for the stock, per segment and per
-//! key: `RAM_BYTES_PER_SEGMENT` rests on it.
+//! key, beside the estimate of `RAM_BYTES_PER_SEGMENT`.
 #![allow(missing_docs, reason = "a bench")]
 #![allow(clippy::unwrap_used, reason = "a bench that cannot go on ends")]
 

@@ -17,7 +17,7 @@ use crate::{
 
 /// Memory that one stored segment takes beside its bytes on disk, where rows are sealed: its entry in
 /// the ledger's state and in the lists of rows and slots, with what the allocator and the trees add.
-/// Measured by `benches/store.rs`.
+/// An estimate from the sizes of the structures; `benches/store.rs` prints what a process takes.
 pub const RAM_BYTES_PER_SEGMENT: u64 = 430;
 
 /// What a journal adds up to.
@@ -102,7 +102,7 @@ impl Survey {
             .collect()
     }
 
-    /// Memory that a node needs for what is stored, in bytes: an estimate from measured figures.
+    /// Memory that a node needs for what is stored, in bytes: an estimate.
     #[must_use]
     pub fn ram_bytes(&self) -> u64 {
         let bindings: usize = self
