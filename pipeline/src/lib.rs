@@ -31,5 +31,5 @@ mod waiting;
 pub use handoff::{Descriptor, Popper, PushError, Pusher, Waker, handoff};
 pub use health::HealthTest;
 pub use stage::{FormatError, FormatOrder, Formatted, Stage};
-pub use thread::{Command, CommandRefused, StageEvent, StageHandle, spawn};
+pub use thread::{Command, CommandRefused, StageEvent, StageHandle, spawn, spawn_prepared};
 pub use waiting::{Hold, RefuseReason, Waiting, WaitingBound};

@@ -84,6 +84,20 @@ pub fn spawn(
     handoff: Popper,
     events: impl FnMut(StageEvent) + Send + 'static,
 ) -> std::io::Result<StageHandle> {
+    spawn_prepared(stage, handoff, || (), events)
+}
+
+/// [`spawn`] with something to be done first on the new thread, such as keeping it on one core.
+///
+/// # Errors
+///
+/// As [`spawn`].
+pub fn spawn_prepared(
+    stage: Stage,
+    handoff: Popper,
+    prepare: impl FnOnce() + Send + 'static,
+    events: impl FnMut(StageEvent) + Send + 'static,
+) -> std::io::Result<StageHandle> {
     let (commands, orders) = bounded(MAX_COMMANDS);
     let waker = handoff.waker();
     let running = Running {
@@ -95,7 +109,10 @@ pub fn spawn(
     };
     let thread = std::thread::Builder::new()
         .name("qkd-stage".to_owned())
-        .spawn(move || running.run())?;
+        .spawn(move || {
+            prepare();
+            running.run();
+        })?;
     Ok(StageHandle {
         commands: Some(commands),
         waker,

@@ -24,6 +24,12 @@ pub struct NodeConfig {
     /// Whether key memory that cannot be locked may be used all the same.
     #[serde(default)]
     pub allow_unlocked_memory: bool,
+    /// A core that the pipeline's stage stays on; without it, the system chooses.
+    #[serde(default)]
+    pub stage_core: Option<usize>,
+    /// A core that the key management agent stays on; without it, the system chooses.
+    #[serde(default)]
+    pub agent_core: Option<usize>,
 }
 
 /// A certificate and whom it trusts; PEM files.

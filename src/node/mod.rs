@@ -5,6 +5,7 @@
 //! memory is wiped as its last owner goes.
 
 mod agent;
+mod cores;
 mod generator;
 mod intake;
 mod modules;
@@ -27,7 +28,7 @@ use qkd_net::{
     CredentialsError, Links, LinksConfig, Reloadable,
     links::{LinkTiming, LinksError},
 };
-use qkd_pipeline::{Stage, StageEvent, WaitingBound, handoff, spawn};
+use qkd_pipeline::{Stage, StageEvent, WaitingBound, handoff, spawn_prepared};
 use qkd_secmem::{Locking, Pool, PoolConfig, PoolError};
 use tokio::{
     net::TcpListener,
@@ -41,6 +42,7 @@ use crate::{
     env::{SystemClock, random_16},
 };
 use agent::{Agent, Request, STOP_WITHIN, Sources, Surroundings};
+pub use cores::NoSuchCore;
 pub use intake::{AlarmReport, MetricReport, ModuleReport};
 pub use modules::ModuleChanges;
 use modules::{Means, Modules};
@@ -64,6 +66,9 @@ pub enum NodeError {
     /// Certificates cannot be used.
     #[error(transparent)]
     Credentials(#[from] CredentialsError),
+    /// A thread is to stay on a core that is not there.
+    #[error(transparent)]
+    Core(#[from] NoSuchCore),
     /// There is no key memory.
     #[error(transparent)]
     Memory(#[from] PoolError),
@@ -140,6 +145,7 @@ impl Node {
     ///
     /// [`NodeError`]: nothing goes on running.
     pub async fn start_with(config: Config, openers: Openers) -> Result<Self, NodeError> {
+        cores::check(&[config.node.stage_core, config.node.agent_core])?;
         let credentials = Arc::new(config.tls.load()?);
         let (intake_pool, pool) = key_memory(&config)?;
         let boot = random_16();
@@ -169,9 +175,11 @@ impl Node {
             keys: WAITING_KEYS,
             bytes: intake_pool.stats().capacity_bytes / 2,
         };
-        let stage = spawn(
+        let stage_core = config.node.stage_core;
+        let stage = spawn_prepared(
             Stage::new(pool.clone(), bound, backend, random_32()),
             popper,
+            move || cores::stay_on(stage_core, "qkd-stage"),
             move |event| {
                 // Nobody listens only when the node is stopping.
                 let _ = stage_events.send(event);
@@ -236,10 +244,12 @@ impl Node {
             kma = kma.with_epoch_period(period);
         }
         let agent = Agent::new(kma, around);
+        let agent_core = config.node.agent_core;
         let (ended_sender, ended) = watch::channel(false);
         let agent = thread::Builder::new()
             .name("qkd-kma".to_owned())
             .spawn(move || {
+                cores::stay_on(agent_core, "qkd-kma");
                 let result = agent.run(sources);
                 let _ = ended_sender.send(true);
                 result
