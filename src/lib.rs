@@ -2,7 +2,8 @@
 //!
 //! The stages are crates of their own and know nothing of each other; this one joins them into a
 //! [`node`], reads its [`config`], and holds the [`command`]s of the program. It is the only place
-//! that reads the clock, the random generator, the environment and the command line.
+//! that reads the environment and the command line, and that gives protocol logic its clock and its
+//! random generator.
 #![forbid(unsafe_code)]
 
 pub mod bench;

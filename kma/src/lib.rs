@@ -13,7 +13,8 @@
 //!   compared under one-time masks, relayed units checked end to end, before anything uses them.
 //! - Nothing leaves before the state that justifies it is durable ([`Kma::commit`]).
 //! - Bits in equal bits in stock, supplied, used as pad, burned and spent on checks, per stream.
-//! - No decision rests on the wall clock.
+//! - No use of a bit rests on the wall clock. It only counts, for the age of keys, how long a store
+//!   was stopped: forwards, and seven days at most.
 #![deny(unsafe_code)]
 
 mod agent;

@@ -3,8 +3,9 @@
 //! Both halves of a [`ModulePair`] draw the same bits from a shared seed, block by block, and know
 //! the same plan of faults: blocks that only one half delivers, blocks that differ, blocks of no
 //! bits. Each half runs over one transport, in a thread or process of its own: [`files`] writes
-//! qcrypto's final-key files, [`serial`] is a device on a serial line, [`ring`] is a producer for
-//! shared memory. [`run`] picks one from a [`SimConfig`].
+//! the files of five vendors, [`serial`] is a device on a serial line, [`ring`] is a producer for
+//! shared memory, [`clavis2`] is a Clavis2's daemon. [`run`] picks one from a [`SimConfig`]; [`trace`]
+//! is a module's trace, recorded and played again.
 //!
 //! Rate and error rate are what the configuration says, or follow from the optics of a [`LinkConfig`]
 //! ([`physics`]), which drift and to which things happen ([`EventConfig`]). Faults come by plan

@@ -108,11 +108,12 @@ enum Command {
         Both ends of a link can be played from one trace: equal seeds make equal keys."
     )]
     Replay(bringup::ReplayArgs),
-    /// Say what is in a hand-over file, without its key bytes; exit status 1 if it is bad.
+    /// Say what is in a qcrypto file or a key file, without its key bytes; exit status 1 if it is bad.
     #[command(
         after_help = "Examples:\n  qkd-bridge inspect /run/qkd/keys/6a1f00c4\n  \
         qkd-bridge inspect --json 6a1f00c4\n\n\
-        Formats: qcrypto final keys (type 7), key files of this program (QKDKEYF1)."
+        Formats: qcrypto final keys (type 7), key files of this program (QKDKEYF1). Other hand-over \
+        files are reported as bad ones: look at their folder with `probe`."
     )]
     Inspect(inspect::InspectArgs),
     /// Make certificates for development.

@@ -294,7 +294,7 @@ impl Node {
     }
 
     /// Takes over what a changed configuration says of module pairs, and reads certificates again;
-    /// connections that are open stay as they are. Says what it does not take over.
+    /// open connections whose certificates are refused now are closed. Says what it does not take over.
     pub async fn reload(&mut self, config: &Config) -> Reloaded {
         Reloaded {
             modules: self.modules.reload(config).await,
