@@ -1,12 +1,13 @@
 #!/bin/sh
-# Builds the Debian package, unpacks it into a folder as a machine without anything else, and checks what
-# is there with the programs that will read it. Needs cargo-deb, dpkg-deb and systemd; no root.
+# Builds the Debian package, checks what is in it with the programs that will read it, installs it into a
+# Debian system in a folder, and removes it again. Needs dpkg and a C compiler; the installation needs root
+# and systemd on Debian, and says so where it is left out.
 #
 #   dist/check-deb.sh              build and check
 #   dist/check-deb.sh FILE.deb     check this one
 #   QKD_CHROOT=DIR dist/check-deb.sh [FILE.deb]
-#                                  as root: also install it into this Debian system and remove it again
-#                                  (debootstrap --variant=minbase --include=systemd bookworm DIR)
+#                                  install into this Debian system, not into one made of this machine's
+#                                  packages (debootstrap --variant=minbase --include=systemd bookworm DIR)
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -23,7 +24,13 @@ else
     target/release/qkd-bridge completions zsh >target/package/completions/_qkd-bridge
     target/release/qkd-bridge completions fish >target/package/completions/qkd-bridge.fish
     target/release/qkd-bridge man --dir target/package/man
-    deb=$(cargo deb --no-build --locked | tail -n 1)
+    # Optimised it takes minutes to compile, and saves seconds here.
+    cargo_deb=3.8.0
+    if [ "$(target/tools/bin/cargo-deb --version 2>/dev/null)" != "$cargo_deb" ]; then
+        CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_DEBUG=0 \
+            cargo install cargo-deb --version "$cargo_deb" --locked --quiet --force --root target/tools
+    fi
+    deb=$(target/tools/bin/cargo-deb --no-build --locked | tail -n 1)
 fi
 tree="$root/tree"
 dpkg-deb -x "$deb" "$tree"
@@ -54,7 +61,7 @@ do
 done
 [ -x "$tree/usr/bin/qkd-bridge" ] || fail "the program cannot be run"
 find "$tree" -perm /022 ! -type l | grep . && fail "writable for others"
-sh -n "$root/control/postinst" || fail "postinst"
+for script in postinst prerm postrm; do sh -n "$root/control/$script" || fail "$script"; done
 
 echo "== program"
 version=$(dpkg-deb -f "$deb" Version)
@@ -99,17 +106,37 @@ if command -v cc >/dev/null; then
     cc -std=c11 -Wall -Wextra -Werror -I "$tree/usr/include" -o "$root/ring_producer" \
         "$tree/usr/share/doc/qkd-bridge/examples/ring_producer.c" || fail "the example does not compile"
 fi
+
+if [ -z "${QKD_CHROOT:-}" ] && [ "$(id -u)" = 0 ] &&
+    command -v deb-systemd-helper >/dev/null && command -v systemd-sysusers >/dev/null; then
+    QKD_CHROOT="$root/debian"
+    mkdir "$QKD_CHROOT"
+    dist/debian-root.sh "$QKD_CHROOT"
+fi
 if [ -n "${QKD_CHROOT:-}" ]; then
     echo "== install and remove"
-    in_chroot() { chroot "$QKD_CHROOT" /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"; }
+    in_chroot() { chroot "$QKD_CHROOT" /usr/bin/env -i LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"; }
+    # dpkg's own records and the user, which Debian keeps, are no remains.
+    files() {
+        (cd "$QKD_CHROOT" && find . -xdev ! -path './var/lib/dpkg/*' ! -path './var/log/*' ! -path './tmp/*' \
+            ! -path './etc/*-' ! -name .pwd.lock ! -path './etc/*shadow' ! -path './run/systemd*' | sort)
+    }
+    files >"$root/before"
     cp "$deb" "$QKD_CHROOT/tmp/qkd-bridge.deb"
     in_chroot dpkg -i /tmp/qkd-bridge.deb || fail "does not install"
     in_chroot id qkd-bridge || fail "installed without its user"
     in_chroot qkd-bridge --version || fail "does not run there"
+    systemd-tmpfiles --create --root="$QKD_CHROOT" qkd-bridge.conf || fail "folders"
+    [ "$(in_chroot stat -c '%a %U' /run/qkd-bridge/keys)" = "700 qkd-bridge" ] || fail "folder for hand-over files"
     in_chroot systemd-analyze verify --man=no qkd-bridge.service || fail "unit"
     [ "$(in_chroot systemctl is-enabled qkd-bridge.service)" = disabled ] || fail "enabled without being asked"
     in_chroot dpkg -i /tmp/qkd-bridge.deb >/dev/null || fail "does not install twice"
+    echo "kept" >"$QKD_CHROOT/etc/qkd-bridge/node.toml"
     in_chroot dpkg --purge qkd-bridge || fail "does not go away"
-    [ ! -e "$QKD_CHROOT/usr/bin/qkd-bridge" ] || fail "the program stayed"
+    [ -s "$QKD_CHROOT/etc/qkd-bridge/node.toml" ] || fail "purging took what somebody wrote"
+    rm "$QKD_CHROOT/etc/qkd-bridge/node.toml" && rmdir "$QKD_CHROOT/etc/qkd-bridge"
+    files | diff "$root/before" - || fail "purging left this, or took it"
+else
+    echo "== install and remove: left out, this is not root on Debian with systemd"
 fi
 echo "== good: $(dpkg-deb -f "$deb" Package Version Architecture | tr '\n' ' ')"
