@@ -22,6 +22,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
+    time::{Duration, Instant},
 };
 
 use agent::Order;
@@ -301,7 +303,12 @@ impl Ext4 {
     }
 
     fn mount_again(&self) {
-        assert!(run("umount", &[self.mounted.to_str().unwrap()]));
+        // A process that another test has just forked may hold it for a moment, until it executes.
+        let until = Instant::now() + Duration::from_secs(10);
+        while !run("umount", &[self.mounted.to_str().unwrap()]) {
+            assert!(Instant::now() < until, "the file system stays busy");
+            thread::sleep(Duration::from_millis(20));
+        }
         assert!(self.mount());
     }
 }
