@@ -110,6 +110,7 @@ fn an_idle_node_with_many_module_pairs_sleeps_and_they_share_its_threads() {
     // A tick is 10 ms on every Linux that this runs on. 1 % of a core is the promise; 3 % leaves room
     // for ticks that are counted whole. A thread that spins would use a hundred times as much.
     let used = Duration::from_millis(10 * ticks);
+    println!("{used:?} of processor time in {LOOK:?}");
     assert!(used < LOOK * 3 / 100, "{used:?} of CPU in {LOOK:?}");
     assert!(threads(pid) <= MOST_THREADS, "{} threads", threads(pid));
 }
