@@ -25,6 +25,7 @@ use support::{
     net::{BLOCK_BYTES, Net, RING_BYTES, Sizing, Store, link},
     noise,
     ring::{Module, feed},
+    tell_cpu,
 };
 
 /// More than all caches hold, and a good second of work for a node on a disk.
@@ -66,9 +67,11 @@ fn nodes(store: Store, key: &[u8]) -> Duration {
     };
     let mut net = Net::start(plan, sizing);
     let mut modules = net.modules("alice", "bob");
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), net.cpu_time());
     net.fill("alice", "bob", &mut modules, key);
-    start.elapsed()
+    let time = start.elapsed();
+    tell_cpu(net.cpu_time() - before, key.len());
+    time
 }
 
 /// Two drivers read `key`; every block is settled at once.

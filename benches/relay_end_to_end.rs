@@ -32,7 +32,7 @@ use qkd_net::{
 use support::{
     fixed_amounts, is_trial,
     net::{BLOCK_BYTES, Net, Sizing, Store, link},
-    noise,
+    noise, tell_cpu,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -96,6 +96,7 @@ fn relayed(store: Store, pads: &[Vec<u8>; 2]) -> Duration {
         net.fill(a, b, &mut modules, pad);
     }
     net.start_controller();
+    let before = net.cpu_time();
     let nothing_at = Cell::new(Instant::now());
     net.wait_until("all units", |statuses| {
         let arrived = stock_bytes(statuses, alice, bob);
@@ -104,7 +105,9 @@ fn relayed(store: Store, pads: &[Vec<u8>; 2]) -> Duration {
         }
         arrived >= amount
     });
-    nothing_at.get().elapsed()
+    let time = nothing_at.get().elapsed();
+    tell_cpu(net.cpu_time() - before, amount_bytes());
+    time
 }
 
 /// The amount over two connections, in writes of a unit each.

@@ -28,6 +28,15 @@ pub(crate) fn fixed_amounts(group: &mut BenchmarkGroup<'_, WallTime>) {
         .measurement_time(Duration::from_millis(10));
 }
 
+/// Prints what a byte of key has cost all nodes together. Rates of two runs compare on an idle machine
+/// alone, this on any.
+pub(crate) fn tell_cpu(time: Duration, key_bytes: usize) {
+    if !is_trial() {
+        let ns = time.as_nanos() as f64 / key_bytes as f64;
+        println!("processor time of all nodes: {ns:.2} ns for a byte of key");
+    }
+}
+
 /// Where criterion writes.
 pub(crate) fn output_folder() -> PathBuf {
     let var = |name| std::env::var_os(name).map(PathBuf::from);
