@@ -425,7 +425,7 @@ impl Node {
         match output {
             Output::Send { peer, bytes } => {
                 if let Some((_, sender)) = self.connections.get(&peer) {
-                    let _ = sender.send(bytes);
+                    let _ = sender.send(bytes.into());
                 }
             }
             Output::Format {

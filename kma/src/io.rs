@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use bytes::Bytes;
 use qkd_kernels::Backend;
 use qkd_keyfile::{
     AppId, Composition, Generation, KeyBits, KsaKeyId, ModulePairId, NodeId, Now, QkdKeyId,
@@ -164,8 +165,8 @@ pub enum Output {
     Send {
         /// The node.
         peer: NodeId,
-        /// The message.
-        bytes: Vec<u8>,
+        /// The message. What may have to be sent again shares it.
+        bytes: Bytes,
     },
     /// Make a segment of QKD-keys that wait in the pipeline: its bits, and SHA-256 of every
     /// `unit_bytes` after the first 32 bytes.
@@ -425,10 +426,10 @@ impl Cx<'_> {
         self.send_bytes(peer, message.encode());
     }
 
-    pub(crate) fn send_bytes(&mut self, peer: &NodeId, bytes: Vec<u8>) {
+    pub(crate) fn send_bytes(&mut self, peer: &NodeId, bytes: impl Into<Bytes>) {
         self.out.push(Output::Send {
             peer: peer.clone(),
-            bytes,
+            bytes: bytes.into(),
         });
     }
 

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use qkd_kernels::TagKey;
 use qkd_keyfile::{KeySpan, Mono, NodeId, SegmentNumber, StreamId, metadata::KeyType};
 
@@ -76,7 +77,7 @@ pub(crate) struct HashKey {
 /// A hop that the peer has yet to acknowledge.
 #[derive(Debug)]
 pub(crate) struct SentHop {
-    pub(crate) message: Vec<u8>,
+    pub(crate) message: Bytes,
     /// Segments that its pad is from.
     pub(crate) segments: BTreeSet<SegmentNumber>,
     pub(crate) sent: Mono,

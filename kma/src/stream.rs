@@ -32,7 +32,7 @@ pub(crate) struct Stream {
     pub(crate) suspected: BTreeSet<SegmentNumber>,
     /// Bytes left in `open`.
     pub(crate) open_bytes: u64,
-    /// Bytes left in `segments`. The double entry counts afresh.
+    /// Bytes left in `segments`.
     pub(crate) held_bytes: u64,
     pub(crate) accounts: Accounts,
 }
@@ -76,8 +76,8 @@ enum Place {
     Finished,
 }
 
-/// What a look at every segment of a stream tells.
-#[derive(Debug, Default)]
+/// What is in stock, and whether the books explain it.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     /// Usable bytes in stock that this end owns; answered segments count for nothing yet.
     pub(crate) encrypting_bytes: u64,
@@ -171,7 +171,20 @@ impl Segment {
 }
 
 impl Stream {
-    /// Counts all segments afresh: the stock, and what the double entry does not explain.
+    /// The stock by the sums that are kept, and what the double entry does not explain: the cost is
+    /// that of the few answered segments, not of all.
+    pub(crate) fn count(&self) -> Count {
+        let answered = self.answered.iter().filter_map(|n| self.segments.get(n));
+        let answered_bytes: u64 = answered.map(|s| u64::from(s.remaining_bytes())).sum();
+        let usable_bytes = self.held_bytes.saturating_sub(answered_bytes);
+        Count {
+            encrypting_bytes: self.open_bytes,
+            decrypting_bytes: usable_bytes.saturating_sub(self.open_bytes),
+            imbalance_bits: self.imbalance_bits(self.held_bytes),
+        }
+    }
+
+    /// [`Stream::count`] by a look at every segment.
     pub(crate) fn count_afresh(&self) -> Count {
         let mut count = Count::default();
         let mut left_bytes = 0;
@@ -184,6 +197,11 @@ impl Stream {
                 (Stage::Confirmed, KeyType::Decrypting) => count.decrypting_bytes += bytes,
             }
         }
+        count.imbalance_bits = self.imbalance_bits(left_bytes);
+        count
+    }
+
+    fn imbalance_bits(&self, left_bytes: u64) -> i128 {
         let a = &self.accounts;
         let out = [
             a.overhead_bits,
@@ -194,8 +212,7 @@ impl Stream {
             left_bytes * 8,
         ];
         let out = out.iter().map(|&bits| i128::from(bits)).sum::<i128>();
-        count.imbalance_bits = i128::from(a.received_bits) - out;
-        count
+        i128::from(a.received_bits) - out
     }
 
     pub(crate) fn store(
@@ -214,7 +231,7 @@ impl Stream {
             self.accounts.confirmed_segments += 1;
         }
         let segment = Segment::new(body, stored_at_seconds);
-        self.count(number, &segment);
+        self.enlist(number, &segment);
         self.segments.insert(number, segment);
     }
 
@@ -277,7 +294,7 @@ impl Stream {
     /// Burns what is left of a segment that ends.
     pub(crate) fn end(&mut self, number: SegmentNumber, reason: BurnReason) -> Option<Segment> {
         let segment = self.segments.remove(&number)?;
-        self.discount(number, &segment);
+        self.strike(number, &segment);
         self.suspected.remove(&number);
         let left = u64::from(segment.remaining_bytes());
         self.account(left, Purpose::Burn(reason));
@@ -308,7 +325,7 @@ impl Stream {
         Some(result)
     }
 
-    fn count(&mut self, number: SegmentNumber, segment: &Segment) {
+    fn enlist(&mut self, number: SegmentNumber, segment: &Segment) {
         let (place, bytes) = (segment.place(), u64::from(segment.remaining_bytes()));
         self.held_bytes += bytes;
         if place == Place::Open {
@@ -317,7 +334,7 @@ impl Stream {
         self.list(place).map(|list| list.insert(number));
     }
 
-    fn discount(&mut self, number: SegmentNumber, segment: &Segment) {
+    fn strike(&mut self, number: SegmentNumber, segment: &Segment) {
         let (place, bytes) = (segment.place(), u64::from(segment.remaining_bytes()));
         self.held_bytes -= bytes;
         if place == Place::Open {

@@ -40,18 +40,20 @@ impl Framing {
     ///
     /// [`TooLong`]: nothing was appended.
     pub fn encode(self, message: &[u8], out: &mut Vec<u8>) -> Result<(), TooLong> {
-        if let Self::Length { max_bytes } = self {
-            let length = u32::try_from(message.len())
-                .ok()
-                .filter(|&length| length <= max_bytes)
-                .ok_or(TooLong {
-                    bytes: message.len(),
-                    max_bytes,
-                })?;
-            out.extend_from_slice(&length.to_be_bytes());
-        }
+        out.extend(self.prefix(message.len())?.into_iter().flatten());
         out.extend_from_slice(message);
         Ok(())
+    }
+
+    /// What goes over the stream before a message of so many bytes.
+    pub(crate) fn prefix(self, bytes: usize) -> Result<Option<[u8; PREFIX_BYTES]>, TooLong> {
+        let Self::Length { max_bytes } = self else {
+            return Ok(None);
+        };
+        let length = u32::try_from(bytes).ok();
+        let length = length.filter(|&length| length <= max_bytes);
+        let length = length.ok_or(TooLong { bytes, max_bytes })?;
+        Ok(Some(length.to_be_bytes()))
     }
 
     fn head_bytes(self) -> usize {

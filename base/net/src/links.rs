@@ -10,6 +10,7 @@
 
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use qkd_keyfile::NodeId;
 use tokio::{
     net::TcpListener,
@@ -23,6 +24,7 @@ use outbox::Outbox;
 mod accept;
 mod connection;
 mod dial;
+mod frames;
 mod outbox;
 
 pub use outbox::{LinkCounters, PeerStatus, SendError};
@@ -323,9 +325,14 @@ impl LinksHandle {
     /// # Errors
     ///
     /// [`SendError`]: the message was not queued.
-    pub fn send(&self, peer: &NodeId, connection: u64, message: Vec<u8>) -> Result<(), SendError> {
+    pub fn send(
+        &self,
+        peer: &NodeId,
+        connection: u64,
+        message: impl Into<Bytes>,
+    ) -> Result<(), SendError> {
         let outbox = self.0.outboxes.get(peer).ok_or(SendError::UnknownPeer)?;
-        outbox.push(connection, message)
+        outbox.push(connection, message.into())
     }
 
     /// The state of every peer's link, sorted by ID.

@@ -403,6 +403,7 @@ impl Network {
                 let to = NAMES.iter().position(|name| *name == peer.as_str());
                 let to = to.filter(|to| *to < self.nodes.len());
                 if let Some(to) = to.filter(|to| !self.cut.contains(&(at.min(*to), at.max(*to)))) {
+                    let bytes = Vec::from(bytes);
                     self.said.push_front(bytes.clone());
                     self.said.truncate(256);
                     self.wires.push_back((at, to, bytes));

@@ -1,5 +1,6 @@
 //! The end of a hop that owns the pad.
 
+use bytes::Bytes;
 use qkd_kernels::TagKey;
 use qkd_keyfile::{KeySpan, KmaKeyId, SegmentNumber, StreamId, metadata::RelayEncryption};
 use qkd_secmem::KeyBuf;
@@ -258,7 +259,7 @@ fn depart(
         .carried(leg.route, leg.segment, &stream, named, method);
     sending.next_sequence += 1;
     sending.tags += 1;
-    let message = writer.finish(masked(tag, pads.mask.expose()));
+    let message = Bytes::from(writer.finish(masked(tag, pads.mask.expose())));
     cx.send_bytes(leg.next, message.clone());
     let hop = SentHop {
         message,

@@ -97,6 +97,9 @@ pub(super) fn arrived(
         tracing::warn!(%stream, %segment, "unit number came twice");
         return;
     }
+    let Ok(key) = cx.store.pool().copy_of(unit) else {
+        return send_back(cx, route, segment);
+    };
     let new = NewSegment {
         stream: stream.clone(),
         number: segment,
@@ -107,7 +110,7 @@ pub(super) fn arrived(
         level: way.weakest(),
         kma_key_id,
         composition: None,
-        key: unit,
+        key,
         relayed: Some(relayed),
     };
     if !store_unit(cx, new) {

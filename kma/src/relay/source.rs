@@ -369,7 +369,7 @@ impl Source {
             level,
             kma_key_id: departed.kma_key_id,
             composition: None,
-            key: bytes,
+            key: departed.unit,
             relayed: Some(&relayed),
         };
         let is_worth_it = level >= config.relay.of(cx.me, peer).level;

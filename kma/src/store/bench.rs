@@ -78,7 +78,8 @@ impl Bench {
         let number = self.stored;
         let mut id = [0; 16];
         id[..8].copy_from_slice(&number.to_be_bytes());
-        let key = vec![0x5A; self.segment_bytes as usize];
+        let mut key = self.store.pool().take(self.segment_bytes as usize)?;
+        key.expose_mut().fill(0x5A);
         self.stored += 1;
         self.store.store(NewSegment {
             stream: self.stream.clone(),
@@ -94,7 +95,7 @@ impl Bench {
             level: SecurityLevel::Qkd,
             kma_key_id: KmaKeyId(id),
             composition: None,
-            key: &key,
+            key,
             relayed: None,
         })
     }

@@ -147,7 +147,7 @@ mod tests {
                 level: SecurityLevel::Qkd,
                 kma_key_id: KmaKeyId([at; 16]),
                 composition: None,
-                key: &[at; 64],
+                key: store.pool().copy_of(&[at; 64]).unwrap(),
                 relayed: None,
             };
             store.store(new).unwrap();

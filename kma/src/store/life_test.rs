@@ -117,7 +117,7 @@ fn fill(store: &mut Store, me: &NodeId, peer: &NodeId) -> (StreamId, StreamId) {
                 len_bits: 512,
             }],
         }),
-        key: &[0xA5; 64],
+        key: store.pool().copy_of(&[0xA5; 64]).unwrap(),
         relayed: None,
     };
     store.store(new).unwrap();
@@ -150,7 +150,7 @@ fn fill(store: &mut Store, me: &NodeId, peer: &NodeId) -> (StreamId, StreamId) {
         level: SecurityLevel::Any,
         kma_key_id: KmaKeyId([8; 16]),
         composition: None,
-        key: &[0x5A; 64],
+        key: store.pool().copy_of(&[0x5A; 64]).unwrap(),
         relayed: Some(&relayed),
     };
     store.store(new).unwrap();

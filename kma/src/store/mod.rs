@@ -28,13 +28,13 @@ use qkd_keyfile::{
     AppId, Composition, KmaKeyId, KsaKeyId, NodeId, SegmentNumber, StreamId,
     metadata::{KeyType, RelayedKeyMetadata, SecurityLevel},
 };
-use qkd_secmem::Pool;
+use qkd_secmem::{KeyBuf, Pool};
 
 use crate::{
     fail_point::fail_point,
     record::{DiscardReason, Record, RelayedWay, Stage, StoredSegment},
     state::State,
-    stream::{Accounts, Segment, Stream},
+    stream::{Accounts, Count, Segment, Stream},
     vault::{RowId, Vault, VaultError},
 };
 
@@ -106,8 +106,8 @@ pub struct NewSegment<'a> {
     pub kma_key_id: KmaKeyId,
     /// What it is made of.
     pub composition: Option<Composition>,
-    /// The bytes to store.
-    pub key: &'a [u8],
+    /// The bytes to store; wiped where they cannot be.
+    pub key: KeyBuf,
     /// How it came here, if it was relayed.
     pub relayed: Option<&'a RelayedKeyMetadata>,
 }
@@ -261,15 +261,20 @@ impl Store {
     /// The row cannot be sealed or staged; nothing was recorded.
     pub(crate) fn store(&mut self, new: NewSegment<'_>) -> Result<(), VaultError> {
         let row = RowId(self.state.next_row);
-        let seal = self.vault.put(row, new.key)?;
-        let described = match self.describe(&new, RowId(row.0 + 1)) {
-            Ok(described) => described,
+        let described = self.describe(&new, RowId(row.0 + 1))?;
+        let len_bytes = new.key.len_bytes();
+        let len_bytes = u32::try_from(len_bytes).expect("a segment fits a block of key memory");
+        let seal = match self.vault.put_buf(row, new.key) {
+            Ok(seal) => seal,
             Err(error) => {
-                self.vault.erase(row);
+                if let Some(Record::Described { hashes, .. }) = described {
+                    hashes
+                        .iter()
+                        .for_each(|hashes| self.vault.erase(hashes.row));
+                }
                 return Err(error);
             }
         };
-        let len_bytes = u32::try_from(new.key.len()).expect("a segment fits a block of key memory");
         self.record(Record::Stored {
             stream: new.stream,
             segment: new.number,
@@ -416,14 +421,25 @@ impl Store {
     }
 
     /// The double entry of every stream: its accounts, its stock in bytes (encrypting, decrypting)
-    /// and the bits that do not add up (0).
+    /// and the bits that do not add up (0). By sums that are kept, however much is in stock; see
+    /// [`Store::audit`].
     #[must_use]
     pub fn accounts(&self) -> Vec<StreamAccounts> {
+        self.accounts_by(Stream::count)
+    }
+
+    /// [`Store::accounts`] by a look at every segment.
+    #[must_use]
+    pub fn audit(&self) -> Vec<StreamAccounts> {
+        self.accounts_by(Stream::count_afresh)
+    }
+
+    fn accounts_by(&self, count: impl Fn(&Stream) -> Count) -> Vec<StreamAccounts> {
         self.state
             .streams
             .iter()
             .map(|(id, stream)| {
-                let count = stream.count_afresh();
+                let count = count(stream);
                 StreamAccounts {
                     stream: id.clone(),
                     accounts: stream.accounts,

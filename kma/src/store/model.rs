@@ -253,7 +253,7 @@ impl Rig {
             level: SecurityLevel::Qkd,
             kma_key_id: KmaKeyId([1; 16]),
             composition: None,
-            key: &key,
+            key: self.store.as_ref().unwrap().pool().copy_of(&key).unwrap(),
         };
         self.store.as_mut().unwrap().store(new).unwrap();
         let free = (HEAD_BYTES..len).collect();

@@ -1,4 +1,4 @@
-//! Bytes of segments in use, in key memory: a row is read and decrypted once, not per key.
+//! Bytes of segments in use, in key memory: a sealed row is read and decrypted once, not per key.
 
 use std::collections::BTreeMap;
 
@@ -52,10 +52,16 @@ impl Store {
             .end_bytes()
             .filter(|&end| end <= len_bytes)
             .ok_or(ReadError::NoSuchBits)?;
+        let range = span.offset_bytes as usize..end as usize;
+        if let Some(bytes) = self.vault.row_in_memory(row, &seal) {
+            let bytes = bytes.get(range).ok_or(ReadError::NoSuchBits)?;
+            out.copy_from_slice(bytes);
+            return Ok(());
+        }
         let bytes =
             self.open_rows
                 .open(&mut *self.vault, &self.pool, row, &seal, len_bytes as usize)?;
-        out.copy_from_slice(&bytes[span.offset_bytes as usize..end as usize]);
+        out.copy_from_slice(&bytes[range]);
         Ok(())
     }
 

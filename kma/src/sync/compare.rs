@@ -1,5 +1,6 @@
 //! The answerer's side: compares proposals with its own bits.
 
+use bytes::Bytes;
 use qkd_keyfile::{Composition, KeySpan, QkdKeyId, SegmentNumber};
 use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
@@ -118,8 +119,8 @@ impl LinkSync {
             verdict,
             tag,
             missing,
-        }
-        .encode();
+        };
+        let message = Bytes::from(message.encode());
         let said = (propose.kma_key_id, message.clone());
         self.answers.insert(segment, said);
         if self.answers.len() > ANSWERS_MAX {
@@ -152,8 +153,8 @@ impl LinkSync {
             self.release(cx, composition);
             return self.refuse(cx, propose, Vec::new());
         };
-        let digests = &segment.digests;
-        let tag = |half| comparison_tag(half, propose.kma_key_id, composition, digests, &masks);
+        let FormattedSegment { bits, digests } = segment;
+        let tag = |half| comparison_tag(half, propose.kma_key_id, composition, &digests, &masks);
         if !bool::from(tag(Half::Proposal).ct_eq(&propose.tag)) {
             let (_, parts) = self.differs(cx, composition);
             if parts.is_empty() {
@@ -168,9 +169,9 @@ impl LinkSync {
             key_type: propose.proposer_key_type.opposite(),
             kma_key_id: propose.kma_key_id,
             composition,
-            bits: &segment.bits,
+            bits,
         };
-        if !self.store(cx, &compared) {
+        if !self.store(cx, compared) {
             self.release(cx, composition);
             return self.say_full(cx, number);
         }

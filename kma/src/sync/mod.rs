@@ -20,6 +20,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use qkd_keyfile::{
     Composition, KmaKeyId, LinkId, ModulePairId, NodeId, QkdKeyId, QkdKeyName, SegmentNumber,
     StreamId,
@@ -68,7 +69,7 @@ pub(crate) struct LinkSync {
     /// Answerer: waits for the pipeline.
     comparing: BTreeMap<SegmentNumber, Comparing>,
     /// Answerer: what was answered since this process began, to be said again.
-    answers: BTreeMap<SegmentNumber, (KmaKeyId, Vec<u8>)>,
+    answers: BTreeMap<SegmentNumber, (KmaKeyId, Bytes)>,
     /// Orders to the pipeline so far.
     orders: u64,
     /// QKD-keys whose IDs had come in before.
@@ -349,7 +350,7 @@ impl LinkSync {
     }
 
     /// Stores a compared segment. Where there is no room, only this segment fails.
-    fn store(&self, cx: &mut Cx<'_>, compared: &Compared<'_>) -> bool {
+    fn store(&self, cx: &mut Cx<'_>, compared: Compared<'_>) -> bool {
         let stored = cx.store.store(NewSegment {
             stream: self.stream.clone(),
             number: compared.number,
@@ -360,7 +361,7 @@ impl LinkSync {
             level: SecurityLevel::Qkd,
             kma_key_id: compared.kma_key_id,
             composition: Some(compared.composition.clone()),
-            key: compared.bits.expose(),
+            key: compared.bits,
             relayed: None,
         });
         if let Err(error) = stored {
@@ -379,7 +380,7 @@ struct Compared<'a> {
     key_type: KeyType,
     kma_key_id: KmaKeyId,
     composition: &'a Composition,
-    bits: &'a KeyBuf,
+    bits: KeyBuf,
 }
 
 fn fresh_pair(store: &Store, module_pair: &ModulePairId) -> Pair {

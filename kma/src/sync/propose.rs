@@ -1,5 +1,6 @@
 //! The proposer's side: composes segments, concludes comparisons.
 
+use bytes::Bytes;
 use qkd_keyfile::{
     Composition, KmaKeyId, ModulePairId, Mono, Piece, QkdKeyId, SegmentNumber, metadata::KeyType,
 };
@@ -33,7 +34,7 @@ pub(super) struct Proposal {
 #[derive(Debug)]
 struct Made {
     segment: FormattedSegment,
-    message: Vec<u8>,
+    message: Bytes,
     sent: Mono,
 }
 
@@ -74,7 +75,7 @@ impl LinkSync {
         let open_bytes: usize = open
             .map(|p| p.composition.len_bits().unwrap_or(0) as usize / 8)
             .sum();
-        let no_room = open_bytes >= cx.store.pool().stats().capacity_bytes / 4;
+        let no_room = open_bytes >= cx.store.memory_bytes() / 4;
         if self.proposals.len() >= WINDOW
             || no_room
             || full
@@ -181,15 +182,17 @@ impl LinkSync {
             &segment.digests,
             &masks,
         );
-        let message = Message::Propose(Propose {
-            segment: number,
-            composition: proposal.composition.clone(),
-            proposer_key_type: proposal.key_type,
-            kma_key_id: proposal.kma_key_id,
-            unit_bytes: self.unit_bytes,
-            tag,
-        })
-        .encode();
+        let message = Bytes::from(
+            Message::Propose(Propose {
+                segment: number,
+                composition: proposal.composition.clone(),
+                proposer_key_type: proposal.key_type,
+                kma_key_id: proposal.kma_key_id,
+                unit_bytes: self.unit_bytes,
+                tag,
+            })
+            .encode(),
+        );
         if self.connected {
             cx.send_bytes(&self.peer, message.clone());
         }
@@ -261,11 +264,11 @@ impl LinkSync {
     }
 
     fn conclude(&mut self, cx: &mut Cx<'_>, number: SegmentNumber, half: Half, tag: &[u8; 16]) {
-        let Some(proposal) = self.proposals.remove(&number) else {
+        let Some(mut proposal) = self.proposals.remove(&number) else {
             return;
         };
-        let made = proposal.made.as_ref().map(|made| &made.segment);
-        let Some((segment, masks)) = made.and_then(|made| Some((made, masks_of(made)?))) else {
+        let made = proposal.made.take().map(|made| made.segment);
+        let Some((masks, segment)) = made.and_then(|made| Some((masks_of(&made)?, made))) else {
             return;
         };
         let composition = &proposal.composition;
@@ -283,10 +286,10 @@ impl LinkSync {
             key_type: proposal.key_type,
             kma_key_id: proposal.kma_key_id,
             composition,
-            bits: &segment.bits,
+            bits: segment.bits,
         };
         let division = proposal.division;
-        if equal && self.store(cx, &compared) {
+        if equal && self.store(cx, compared) {
             self.count_agreed(composition);
             self.close(cx, composition, true);
             self.part_done(cx, division, false);

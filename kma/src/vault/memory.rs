@@ -57,6 +57,24 @@ impl MemoryVault {
         outcome
     }
 
+    fn check_put(&self, row: RowId, len_bytes: usize) -> Result<(), VaultError> {
+        self.usable()?;
+        if len_bytes == 0 || len_bytes > MAX_ROW_BYTES {
+            return Err(VaultError::RowLength { len_bytes });
+        }
+        if self.rows.contains_key(&row) {
+            return Err(VaultError::RowExists { row });
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, row: RowId, key: KeyBuf) -> Result<SealTag, VaultError> {
+        let mut tag = SealTag([0; TAG_BYTES]);
+        random(&mut tag.0)?;
+        self.rows.insert(row, (tag, key));
+        Ok(tag)
+    }
+
     fn wipe_erased(&mut self) {
         for row in std::mem::take(&mut self.erasures) {
             self.rows.remove(&row);
@@ -88,19 +106,20 @@ impl Vault for MemoryVault {
     }
 
     fn put(&mut self, row: RowId, key: &[u8]) -> Result<SealTag, VaultError> {
-        self.usable()?;
-        if key.is_empty() || key.len() > MAX_ROW_BYTES {
-            return Err(VaultError::RowLength {
-                len_bytes: key.len(),
-            });
-        }
-        if self.rows.contains_key(&row) {
-            return Err(VaultError::RowExists { row });
-        }
-        let mut tag = SealTag([0; TAG_BYTES]);
-        random(&mut tag.0)?;
-        self.rows.insert(row, (tag, self.pool.copy_of(key)?));
-        Ok(tag)
+        self.check_put(row, key.len())?;
+        let key = self.pool.copy_of(key)?;
+        self.keep(row, key)
+    }
+
+    fn put_buf(&mut self, row: RowId, key: KeyBuf) -> Result<SealTag, VaultError> {
+        self.check_put(row, key.len_bytes())?;
+        self.keep(row, key)
+    }
+
+    fn row_in_memory(&self, row: RowId, tag: &SealTag) -> Option<&[u8]> {
+        let (known, key) = self.rows.get(&row)?;
+        let is_it = !self.poisoned && known == tag && !self.erasures.contains(&row);
+        is_it.then(|| key.expose())
     }
 
     fn get(&mut self, row: RowId, tag: &SealTag, out: &mut [u8]) -> Result<(), GetError> {

@@ -40,7 +40,7 @@ use std::io;
 use std::path::PathBuf;
 
 use qkd_keyfile::Incarnation;
-use qkd_secmem::PoolExhausted;
+use qkd_secmem::{KeyBuf, PoolExhausted};
 use serde::{Deserialize, Serialize};
 
 pub use archive::HistoryLimit;
@@ -117,6 +117,22 @@ pub trait Vault: Send {
     /// - [`VaultError::Generator`]: no random bytes for a data key.
     /// - [`VaultError::Poisoned`].
     fn put(&mut self, row: RowId, key: &[u8]) -> Result<SealTag, VaultError>;
+
+    /// [`Vault::put`] of bytes that are in key memory already, which a vault may keep as they are. They
+    /// are gone either way.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vault::put`].
+    fn put_buf(&mut self, row: RowId, key: KeyBuf) -> Result<SealTag, VaultError> {
+        self.put(row, key.expose())
+    }
+
+    /// A row that lies open in key memory, so that it need not be copied to be read. `None` where
+    /// rows do not, and for what [`Vault::get`] would refuse.
+    fn row_in_memory(&self, _row: RowId, _tag: &SealTag) -> Option<&[u8]> {
+        None
+    }
 
     /// Copies a row, staged or committed, into `out`, whose length is the row's. What does not
     /// verify against `tag` is not delivered.

@@ -470,7 +470,7 @@ impl Network {
 
     fn output(&mut self, from: &NodeId, output: Output) {
         match output {
-            Output::Send { peer, bytes } => self.send(from, peer, bytes),
+            Output::Send { peer, bytes } => self.send(from, peer, bytes.into()),
             Output::Format {
                 ticket,
                 composition,

@@ -175,7 +175,7 @@ impl Agent {
         qkd_kma::fail_point::reached("told");
         for output in outputs {
             match output {
-                Output::Send { peer, bytes } => tell(Reply::Send(peer, bytes)),
+                Output::Send { peer, bytes } => tell(Reply::Send(peer, bytes.into())),
                 Output::Format {
                     ticket,
                     composition,

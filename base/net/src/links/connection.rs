@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, WriteHalf, split},
     net::TcpStream,
@@ -14,7 +15,7 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use super::{ALPN, DownReason, LinkEvent, LinkTiming, outbox::Outbox};
+use super::{ALPN, DownReason, LinkEvent, LinkTiming, frames::Frames, outbox::Outbox};
 use crate::{
     FrameError, FrameReader,
     frame::{PREFIX_BYTES, TooLong},
@@ -127,16 +128,16 @@ impl Link {
 
     async fn write<S: AsyncWrite>(&self, mut output: WriteHalf<S>) -> io::Error {
         let ping_every: Duration = self.outbox.timing.ping_every;
-        let mut bytes = Vec::new();
+        let mut frames = Frames::default();
         loop {
-            if timeout(ping_every, self.outbox.take(&mut bytes))
+            if timeout(ping_every, self.outbox.take(&mut frames))
                 .await
                 .is_err()
             {
-                bytes.extend_from_slice(&SIGN_OF_LIFE);
+                frames.push_bytes(Bytes::from_static(&SIGN_OF_LIFE));
             }
             let written = async {
-                output.write_all(&bytes).await?;
+                output.write_all_buf(&mut frames).await?;
                 output.flush().await
             };
             if let Err(error) = written.await {

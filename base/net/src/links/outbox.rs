@@ -5,10 +5,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use bytes::{Buf, Bytes};
 use qkd_keyfile::NodeId;
 use tokio::sync::Notify;
 
-use super::LinkTiming;
+use super::{LinkTiming, frames::Frames};
 
 /// Bytes that are gathered into one write.
 const WRITE_BYTES: usize = 64 << 10;
@@ -113,7 +114,7 @@ pub(super) struct Outbox {
 
 #[derive(Debug)]
 struct State {
-    messages: VecDeque<Vec<u8>>,
+    messages: VecDeque<Bytes>,
     /// Bytes that the writer has taken and not yet written; part of `queued_bytes`.
     writing_bytes: usize,
     ran_over: bool,
@@ -162,7 +163,7 @@ impl Outbox {
         self.lock().clear();
     }
 
-    pub(super) fn push(&self, connection: u64, message: Vec<u8>) -> Result<(), SendError> {
+    pub(super) fn push(&self, connection: u64, message: Bytes) -> Result<(), SendError> {
         let max_bytes = self.timing.max_message_bytes;
         let bytes = message.len();
         if bytes == 0 || bytes > max_bytes as usize {
@@ -185,26 +186,25 @@ impl Outbox {
         Ok(())
     }
 
-    /// Waits for messages and puts about [`WRITE_BYTES`] of them, framed, into `out`. What was taken
-    /// before counts as written now.
-    pub(super) async fn take(&self, out: &mut Vec<u8>) {
-        out.clear();
+    /// Waits for messages and puts about [`WRITE_BYTES`] of them, framed, into `out`, which is empty.
+    /// What was taken before counts as written now.
+    pub(super) async fn take(&self, out: &mut Frames) {
         loop {
             {
                 let mut state = self.lock();
                 state.status.queued_bytes -= std::mem::take(&mut state.writing_bytes);
-                while out.len() < WRITE_BYTES {
+                while out.remaining() < WRITE_BYTES {
                     let Some(message) = state.messages.pop_front() else {
                         break;
                     };
-                    // `push` has checked the length.
-                    let _ = self.timing.framing().encode(&message, out);
                     state.writing_bytes += message.len() + OVERHEAD_BYTES;
                     state.status.sent_messages += 1;
                     state.status.sent_bytes += message.len() as u64;
+                    // `push` has checked the length.
+                    let _ = out.push(self.timing.framing(), message);
                 }
             }
-            if !out.is_empty() {
+            if out.has_remaining() {
                 return;
             }
             self.queued.notified().await;
