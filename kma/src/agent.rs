@@ -42,7 +42,11 @@ pub struct Kma {
     journal_limit_bytes: u64,
     epoch_period: Option<Duration>,
     epoch_began: Option<Mono>,
+    audited: Mono,
 }
+
+/// How often every segment is looked at, to hold the kept sums against.
+const AUDIT_EVERY: Duration = Duration::from_mins(1);
 
 /// What every part of the agent works with.
 #[derive(Debug)]
@@ -121,6 +125,7 @@ impl Kma {
             journal_limit_bytes: JOURNAL_LIMIT_BYTES,
             epoch_period: None,
             epoch_began: None,
+            audited: Mono::default(),
             config,
         }
     }
@@ -361,6 +366,10 @@ impl Kma {
             confirm::say_suspected(&mut cx, &self.sessions);
             confirm::close_finished(&mut cx);
             cx.store.retain();
+        }
+        if now.mono.since(self.audited) >= AUDIT_EVERY {
+            self.audited = now.mono;
+            self.core.store.audit_kept();
         }
     }
 

@@ -529,7 +529,12 @@ impl Rig {
         let store = self.store.as_ref().unwrap();
         assert_eq!(store.inconsistencies(), 0);
         assert_eq!(store.available_bytes(&self.stream), self.model.usable());
-        for books in store.accounts() {
+        assert_eq!(
+            store.accounts(),
+            store.audit(),
+            "kept sums are those of a recount"
+        );
+        for books in store.audit() {
             assert_eq!(books.imbalance_bits, 0);
         }
         let held: u64 = self
