@@ -212,9 +212,9 @@ impl Clavis2Source {
         self.set_alarm(self.config.timeout_ms);
     }
 
-    fn send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    fn send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(asked) = self.asked.as_mut().filter(|asked| !asked.sent) else {
-            return Poll::Ready(());
+            return Poll::Ready(Ok(()));
         };
         let request = Request {
             key_id: asked.key.as_ref().map_or(0, |(_, number)| *number),
@@ -222,10 +222,25 @@ impl Clavis2Source {
             request_id: asked.request_id,
             device: self.config.device,
         };
-        // One that the system refuses is not answered, and said again.
-        let _ = ready!(self.socket.poll_send(cx, &request.encode()));
+        ready!(self.socket.poll_send(cx, &request.encode()))?;
         asked.sent = true;
-        Poll::Ready(())
+        Poll::Ready(Ok(()))
+    }
+
+    /// The daemon is not there: it is asked again, not at once.
+    fn miss_daemon(&mut self, error: io::ErrorKind) {
+        let asked = self.asked.take();
+        // A port that is closed has given nothing out.
+        if asked.as_ref().is_some_and(|asked| asked.sent)
+            && error != io::ErrorKind::ConnectionRefused
+        {
+            self.miss();
+        }
+        self.detach(DetachReason::Io { error });
+        self.rest();
+        if let Some((id, _)) = asked.and_then(|asked| asked.key) {
+            self.wanted.again(vec![id]);
+        }
     }
 
     fn rest(&mut self) {
@@ -348,7 +363,10 @@ impl KeySource for Clavis2Source {
             if !self.choose() {
                 return Poll::Pending;
             }
-            ready!(self.send(cx));
+            if let Err(error) = ready!(self.send(cx)) {
+                self.miss_daemon(error.kind());
+                continue;
+            }
             let mut buffer = ReadBuf::new(&mut self.datagram);
             match self.socket.poll_recv(cx, &mut buffer) {
                 Poll::Ready(Ok(())) => {
@@ -361,20 +379,13 @@ impl KeySource for Clavis2Source {
                         event => self.events.extend(event),
                     }
                 }
-                Poll::Ready(Err(error)) => {
-                    let error = error.kind();
-                    // A port that is closed has given nothing out.
-                    if error != io::ErrorKind::ConnectionRefused {
-                        self.miss();
-                    }
-                    self.detach(DetachReason::Io { error });
-                    // The daemon is not there: it is asked again, not at once.
-                    self.rest();
-                    if let Some((id, _)) = self.asked.take().and_then(|asked| asked.key) {
-                        self.wanted.again(vec![id]);
-                    }
-                }
+                Poll::Ready(Err(error)) => self.miss_daemon(error.kind()),
                 Poll::Pending => {
+                    // That the port is closed wakes nobody who waits for a datagram: the system is asked.
+                    if let Ok(Some(error)) = self.socket.take_error() {
+                        self.miss_daemon(error.kind());
+                        continue;
+                    }
                     ready!(self.alarm.as_mut().poll(cx));
                     self.miss();
                     self.detach(DetachReason::NoAnswer);

@@ -121,7 +121,8 @@ impl Bench for Daemon {
         let numbers = self.next..self.next + u64::from(blocks);
         self.next = numbers.end;
         let offered = numbers.map(|number| {
-            let byte = |i: usize| (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> i) as u8;
+            let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let byte = |i: usize| (mixed >> i).to_le_bytes()[0];
             let key: [u8; MAX_KEY_BYTES] = std::array::from_fn(byte);
             self.desk.all.lock().unwrap().insert(number, key);
             self.desk.fresh.lock().unwrap().insert(number, key);
