@@ -241,7 +241,7 @@ impl Etsi014Source {
             Outcome::Refused(client, status) => {
                 self.attach();
                 self.tell_refusal(status);
-                if self.config.role == Role::Pull {
+                if self.config.role == Role::Pull && status == 503 {
                     self.most_keys = u32::try_from(self.asked_keys / 2).unwrap_or(1).max(1);
                 }
                 let asked = std::mem::take(&mut self.asked);
