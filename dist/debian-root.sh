@@ -2,13 +2,13 @@
 # A Debian system in a folder, in seconds: copies of the packages of this machine that a package of ours
 # meets at its installation, with dpkg's records of them. Run as root on Debian with systemd.
 #
-#   dist/debian-root.sh DIR
+#   dist/debian-root.sh DIR [PACKAGE...]   the packages besides, with what they depend on
 set -eu
-root=$1
+root=$1 && shift
 
 # systemd and what every Debian has of which maintainer scripts make use, and all that those depend on.
 all=
-new="libc-bin base-files dash coreutils diffutils perl-base init-system-helpers dpkg tar sed grep systemd"
+new="libc-bin base-files dash coreutils diffutils perl-base init-system-helpers dpkg tar sed grep systemd $*"
 while [ -n "$new" ]; do
     all="$all $new"
     new=$(dpkg-query -W -f '${Pre-Depends},${Depends}\n' $new 2>/dev/null | tr ',|' '\n\n' |

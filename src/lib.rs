@@ -6,6 +6,9 @@
 //! random generator.
 #![forbid(unsafe_code)]
 
+#[macro_use]
+mod output;
+
 pub mod bench;
 pub mod command;
 pub mod config;

@@ -17,7 +17,7 @@ use nix::fcntl::{Flock, FlockArg};
 use qkd_drivers::{Event, Settlement, next_event};
 use serde_json::Value;
 use support::{
-    devices::{BLOCKS, Transport, sim_toml, truth},
+    devices::{BLOCKS, Transport, datagram_address, sim_toml, truth},
     qkd_bridge, stderr, stdout,
 };
 
@@ -183,10 +183,6 @@ fn what_keeps_a_probe_from_a_device_is_told_with_the_command_that_mends_it() {
         &["does not exist", "sudo install -d -m 750"],
     );
     told(&[folder], &["cannot tell what", "--kind serial"]);
-    told(
-        &["--driver", "{ kind = 'telepathy' }"],
-        &["not the entry of a driver"],
-    );
     // A port that another program holds: this one.
     let _playing = start_device(dir.path(), Transport::Serial, "");
     let device = dir.path().join("device");
@@ -399,4 +395,54 @@ fn a_trace_is_never_overwritten_and_a_bad_one_is_refused_with_its_line() {
         "{}",
         stderr(&output)
     );
+}
+
+#[test]
+fn a_clavis2_is_looked_at_when_its_keys_may_be_taken_and_is_played_from_its_trace() {
+    let dir = tempfile::tempdir().unwrap();
+    let [device, replayed] = [101, 102].map(datagram_address);
+    let file = dir.path().join("sim.toml");
+    let played = format!("kind = 'clavis2', listen = '{device}'");
+    fs::write(&file, sim_toml(&played, "", 0)).unwrap();
+    let half = ["--half", "mp:transmitter"];
+    let _playing =
+        Running::start(&[&["sim", "--config", file.to_str().unwrap()], &half[..]].concat());
+    let driver = |address, role| {
+        format!(
+            "{{ kind = 'clavis2', address = '{address}', role = '{role}', poll_interval_ms = 50 }}"
+        )
+    };
+    for (role, word) in [("pull", "--consume"), ("fetch", "\"pull\"")] {
+        let output = qkd_bridge(["probe", "--driver", &driver(device, role)]);
+        assert_eq!(output.status.code(), Some(2), "{role}");
+        assert!(stderr(&output).contains(word), "{}", stderr(&output));
+    }
+    let trace = dir.path().join("clavis.trace");
+    let trace = trace.to_str().unwrap();
+    let look = ["--consume", "--blocks", "30", "--seconds", "30"];
+    let driven = driver(device, "pull");
+    let output = qkd_bridge([&["record", "-o", trace, "--driver", &driven], &look[..]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_no_key(&fs::read(trace).unwrap(), &truth());
+
+    let wrong = qkd_bridge(["replay", trace, "--to", "here"]);
+    assert_eq!(wrong.status.code(), Some(2));
+    let to = replayed.to_string();
+    let _replaying = Running::start(&["replay", trace, "--to", &to]);
+    let driven = driver(replayed, "pull");
+    let output = qkd_bridge([&["probe", "--json", "--driver", &driven], &look[..]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_str(&stdout(&output)).unwrap();
+    assert_eq!(report["key_blocks"], 30);
+    assert_eq!(report["key_bits"], 30 * 256);
+}
+
+#[test]
+fn a_driver_that_there_is_not_is_a_wrong_command_line() {
+    for driver in ["{ kind = 'nonsense' }", "{ kind", "7"] {
+        let output = qkd_bridge(["probe", "--driver", driver]);
+        assert_eq!(output.status.code(), Some(2), "{driver}");
+        let told = stderr(&output);
+        assert!(told.contains("not the entry of a driver"), "{told}");
+    }
 }

@@ -4,7 +4,12 @@
 
 mod support;
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use support::{qkd_bridge, stderr, stdout};
 
@@ -277,4 +282,16 @@ fn a_given_seed_makes_the_same_run_again_and_halves_can_run_alone() {
         let output = qkd_bridge(["sim", "--config", &file, "--half", unknown]);
         assert_eq!(output.status.code(), Some(2), "{unknown}");
     }
+}
+
+#[test]
+fn a_reader_of_standard_output_that_goes_away_is_no_fault() {
+    let mut command = Command::new(support::program());
+    command.args(["sim", "rate", "--list"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // Nothing of it is read.
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(0), ""));
 }

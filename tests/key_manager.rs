@@ -5,189 +5,21 @@
 
 mod support;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    future::poll_fn,
-    net::SocketAddr,
-    path::PathBuf,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
-    time::{Duration, SystemTime},
-};
+use std::{fs, future::poll_fn, sync::atomic::Ordering, time::Duration};
 
 use qkd_bridge::demo::{LinkPlan, PairPlan, Plan, Transport, application};
 use qkd_drivers::{
-    AlarmCode, DriverConfig, Etsi014Config, Event, KeySource, Settlement, etsi014::Role, next_event,
+    AlarmCode, Etsi014Config, Event, KeySource, Settlement, etsi014::Role, next_event,
 };
-use qkd_keyfile::{AppId, KeyBits, KsaKeyId, QkdKeyId, UnixTime};
-use qkd_ksa::{
-    Config, Counters, KeySupply, Profile, StockStatus, SuppliedKey, SupplyByIdRequest, SupplyError,
-    SupplyRequest, serve,
-};
-use qkd_net::{Reloadable, pki};
-use qkd_secmem::{Locking, Pool, PoolConfig};
+use qkd_keyfile::{KsaKeyId, QkdKeyId};
 use serde_json::Value;
 use subtle::ConstantTimeEq;
-use support::Net;
-use tempfile::TempDir;
-use tokio::{net::TcpListener, sync::watch};
+use support::{
+    Net,
+    vendor::{KeyManager, Vendor, config, open, qkd_key_id, vendor_pki},
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// What two key managers of a vendor share: what one gave, the other has.
-struct Vendor {
-    pool: Pool,
-    keys: Mutex<BTreeMap<KsaKeyId, Vec<u8>>>,
-    drawn: AtomicU32,
-    /// Keys reach the second key manager only from now on.
-    synchronised: AtomicBool,
-    most: u32,
-}
-
-impl Vendor {
-    fn new(most: u32) -> Arc<Self> {
-        let pool = PoolConfig {
-            capacity_bytes: 4 << 20,
-            locking: Locking::Unlocked,
-        };
-        Arc::new(Self {
-            pool: Pool::new(pool).unwrap(),
-            keys: Mutex::default(),
-            drawn: AtomicU32::new(0),
-            synchronised: AtomicBool::new(true),
-            most,
-        })
-    }
-
-    fn draw(&self, len_bytes: usize) -> SuppliedKey {
-        let number = self.drawn.fetch_add(1, Ordering::Relaxed);
-        let mut state = u64::from(number) << 32;
-        let mut byte = || {
-            // SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = state;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            (z ^ (z >> 31)).to_le_bytes()[0]
-        };
-        let id = KsaKeyId::from_random(std::array::from_fn(|_| byte()));
-        let bytes: Vec<u8> = (0..len_bytes).map(|_| byte()).collect();
-        let key = self.pool.copy_of(&bytes).unwrap();
-        self.keys.lock().unwrap().insert(id, bytes);
-        SuppliedKey { id, key }
-    }
-}
-
-impl KeySupply for Vendor {
-    async fn status(&self, _: &AppId, _: &AppId) -> Result<StockStatus, SupplyError> {
-        unimplemented!("nobody asks")
-    }
-
-    async fn supply(&self, request: SupplyRequest) -> Result<Vec<SuppliedKey>, SupplyError> {
-        assert_eq!(request.caller.as_str(), "sae-alice");
-        assert_eq!(request.destinations[0].as_str(), "sae-bob");
-        if self.drawn.load(Ordering::Relaxed) + request.number > self.most {
-            return Err(SupplyError::NotEnoughKey {
-                asked_bits: 256,
-                have_bits: 0,
-            });
-        }
-        let len_bytes = request.size.bytes();
-        Ok((0..request.number).map(|_| self.draw(len_bytes)).collect())
-    }
-
-    async fn supply_by_id(
-        &self,
-        request: SupplyByIdRequest,
-    ) -> Result<Vec<SuppliedKey>, SupplyError> {
-        assert_eq!(request.caller.as_str(), "sae-bob");
-        assert_eq!(request.master.as_str(), "sae-alice");
-        let mut keys = self.keys.lock().unwrap();
-        let here =
-            |id: &KsaKeyId| self.synchronised.load(Ordering::Relaxed) && keys.contains_key(id);
-        let missing = request.ids.iter().filter(|id| !here(id)).count();
-        if missing > 0 {
-            return Err(SupplyError::UnknownKeys { missing });
-        }
-        // Once: then it is forgotten.
-        let take = |id: KsaKeyId| {
-            let bytes = keys.remove(&id).unwrap();
-            let key = self.pool.copy_of(&bytes).unwrap();
-            SuppliedKey { id, key }
-        };
-        Ok(request.ids.into_iter().map(take).collect())
-    }
-}
-
-/// One key manager.
-struct KeyManager {
-    address: SocketAddr,
-    stop: watch::Sender<bool>,
-}
-
-impl KeyManager {
-    async fn start(vendor: &Arc<Vendor>, pki: &TempDir) -> Self {
-        let path = |name: &str| pki.path().join(name);
-        let (certificate, key) = (path("node-kme.pem"), path("node-kme.key"));
-        let credentials = Reloadable::load(&path("ca.pem"), &certificate, &key).unwrap();
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let bits = |bits: u32| KeyBits::try_from(bits).unwrap();
-        let profile = Profile::new(bits(256), bits(256), bits(8192), 16, 0).unwrap();
-        let (stop, stopped) = watch::channel(false);
-        tokio::spawn(serve(
-            listener,
-            Arc::new(credentials),
-            Arc::clone(vendor),
-            Config::new(profile),
-            Arc::new(Counters::default()),
-            stopped,
-        ));
-        Self { address, stop }
-    }
-}
-
-fn vendor_pki() -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    let since_1970 = SystemTime::UNIX_EPOCH.elapsed().unwrap();
-    let request = pki::Request {
-        nodes: &["kme".parse().unwrap()],
-        apps: &["sae-alice", "sae-bob"].map(|id| id.parse().unwrap()),
-        extra_hosts: &[],
-        now: UnixTime(since_1970.as_nanos().try_into().unwrap()),
-        valid_days: 1,
-    };
-    pki::init(dir.path(), &request).unwrap();
-    dir
-}
-
-fn config(pki: &TempDir, address: SocketAddr, role: Role) -> Etsi014Config {
-    let (me, peer, role) = match role {
-        Role::Pull => ("alice", "bob", "pull"),
-        Role::Fetch => ("bob", "alice", "fetch"),
-    };
-    let path = |name: String| -> PathBuf { pki.path().join(name) };
-    let text = format!(
-        "kind = \"etsi014\"\nhost = \"127.0.0.1\"\nport = {}\nrole = \"{role}\"\n\
-         peer_sae = \"sae-{peer}\"\nca = {:?}\ncertificate = {:?}\nkey = {:?}\n\
-         poll_interval_ms = 20",
-        address.port(),
-        path("ca.pem".to_owned()),
-        path(format!("app-sae-{me}.pem")),
-        path(format!("app-sae-{me}.key")),
-    );
-    match toml::from_str(&text).unwrap() {
-        DriverConfig::Etsi014(config) => config,
-        _ => unreachable!(),
-    }
-}
-
-fn open(config: Etsi014Config) -> Box<dyn KeySource> {
-    DriverConfig::Etsi014(config).open().unwrap()
-}
 
 async fn event(source: &mut dyn KeySource) -> (Event, Vec<u8>) {
     let mut out = vec![0; source.max_block_bytes()];
@@ -220,11 +52,11 @@ async fn quiet(source: &mut dyn KeySource) {
 async fn what_one_end_pulls_the_other_fetches_by_id() {
     let (vendor, pki) = (Vendor::new(1000), vendor_pki());
     let [a, b] = [
-        KeyManager::start(&vendor, &pki).await,
-        KeyManager::start(&vendor, &pki).await,
+        KeyManager::start(&vendor, pki.path()).await,
+        KeyManager::start(&vendor, pki.path()).await,
     ];
-    let mut alice = open(config(&pki, a.address, Role::Pull));
-    let mut bob = open(config(&pki, b.address, Role::Fetch));
+    let mut alice = open(config(pki.path(), a.address, Role::Pull));
+    let mut bob = open(config(pki.path(), b.address, Role::Fetch));
     bob.grant(1000);
     // Nothing is pulled without credit, and not more than there is credit for.
     let waiting = poll_fn(|cx| std::task::Poll::Ready(alice.poll(cx, &mut [0; 32]).is_pending()));
@@ -254,17 +86,16 @@ async fn what_one_end_pulls_the_other_fetches_by_id() {
 #[tokio::test]
 async fn a_key_that_is_not_there_yet_is_asked_for_again_and_given_up_in_the_end() {
     let (vendor, pki) = (Vendor::new(1000), vendor_pki());
-    let kme = KeyManager::start(&vendor, &pki).await;
-    let mut bob = open(config(&pki, kme.address, Role::Fetch));
+    let kme = KeyManager::start(&vendor, pki.path()).await;
+    let mut bob = open(config(pki.path(), kme.address, Role::Fetch));
     bob.grant(10);
-    let there = vendor.draw(32);
-    let id = |id: KsaKeyId| id.to_string().parse::<QkdKeyId>().unwrap();
-    let missing = id(KsaKeyId::from_random([9; 16]));
+    let there = vendor.draw();
+    let missing = qkd_key_id(KsaKeyId::from_random([9; 16]));
     vendor.synchronised.store(false, Ordering::Relaxed);
-    bob.request(&[id(there.id), missing.clone()]);
+    bob.request(&[qkd_key_id(there.id), missing.clone()]);
     assert!(matches!(event(&mut *bob).await.0, Event::Attached { .. }));
     vendor.synchronised.store(true, Ordering::Relaxed);
-    assert_eq!(key(&mut *bob).await.0, id(there.id));
+    assert_eq!(key(&mut *bob).await.0, qkd_key_id(there.id));
     assert_eq!(event(&mut *bob).await.0, Event::Empty { id: missing });
     quiet(&mut *bob).await;
 }
@@ -272,11 +103,11 @@ async fn a_key_that_is_not_there_yet_is_asked_for_again_and_given_up_in_the_end(
 #[tokio::test]
 async fn a_key_manager_that_goes_away_and_comes_back_is_attached_again() {
     let (vendor, pki) = (Vendor::new(3), vendor_pki());
-    let kme = KeyManager::start(&vendor, &pki).await;
+    let kme = KeyManager::start(&vendor, pki.path()).await;
     let address = kme.address;
     let mut alice = open(Etsi014Config {
         keys_per_request: 1,
-        ..config(&pki, address, Role::Pull)
+        ..config(pki.path(), address, Role::Pull)
     });
     alice.grant(10);
     for _ in 0..3 {
@@ -294,10 +125,10 @@ async fn a_key_manager_that_goes_away_and_comes_back_is_attached_again() {
 #[tokio::test]
 async fn a_length_of_key_that_the_key_manager_does_not_have_is_an_alarm_told_once() {
     let (vendor, pki) = (Vendor::new(1000), vendor_pki());
-    let kme = KeyManager::start(&vendor, &pki).await;
+    let kme = KeyManager::start(&vendor, pki.path()).await;
     let mut alice = open(Etsi014Config {
         key_bits: 64,
-        ..config(&pki, kme.address, Role::Pull)
+        ..config(pki.path(), kme.address, Role::Pull)
     });
     alice.grant(1);
     assert!(matches!(event(&mut *alice).await.0, Event::Attached { .. }));
@@ -323,8 +154,8 @@ fn confirmed(statuses: &[(String, Value)]) -> Vec<u64> {
 async fn keys_of_two_key_managers_become_keys_of_applications_at_two_nodes() {
     let (vendor, pki) = (Vendor::new(100_000), vendor_pki());
     let managers = [
-        KeyManager::start(&vendor, &pki).await,
-        KeyManager::start(&vendor, &pki).await,
+        KeyManager::start(&vendor, pki.path()).await,
+        KeyManager::start(&vendor, pki.path()).await,
     ];
     let node = |id: &str| id.parse().unwrap();
     let plan = Plan {
@@ -359,7 +190,7 @@ async fn keys_of_two_key_managers_become_keys_of_applications_at_two_nodes() {
                 certificate,
                 key,
                 ..
-            } = config(&pki, manager.address, role);
+            } = config(pki.path(), manager.address, role);
             let role = if role == Role::Pull { "pull" } else { "fetch" };
             let driver = format!(
                 "driver = {{ kind = \"etsi014\", host = \"127.0.0.1\", port = {}, \

@@ -7,8 +7,9 @@
 //! of its own.** Those of other senders do not reach the driver; one that answers nothing that was asked
 //! is counted and dropped.
 //!
-//! An answer that is lost loses its key: the daemon has given it out, and nobody knows its ID. A key that
-//! was fetched comes again when it is asked for again.
+//! An answer that is lost may lose its key: the daemon has given it out, and nobody knows its ID. Requests
+//! for new keys that were not answered are told as a gap with the next answer. A key that was fetched comes
+//! again when it is asked for again.
 
 use std::{
     collections::VecDeque,
@@ -129,6 +130,8 @@ pub struct Clavis2Source {
     wanted: Wanted,
     events: VecDeque<Event>,
     attached: Option<bool>,
+    /// Requests for new keys whose answers did not come, or were of no use, since the last gap.
+    unanswered: u64,
     refused: Option<Refusal>,
     credit_blocks: u32,
     waiting: Waiting,
@@ -160,6 +163,7 @@ impl Clavis2Source {
             wanted: Wanted::default(),
             events: VecDeque::new(),
             attached: None,
+            unanswered: 0,
             refused: None,
             credit_blocks: 0,
             waiting: Waiting::default(),
@@ -208,9 +212,9 @@ impl Clavis2Source {
         self.set_alarm(self.config.timeout_ms);
     }
 
-    fn send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    fn send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(asked) = self.asked.as_mut().filter(|asked| !asked.sent) else {
-            return Poll::Ready(());
+            return Poll::Ready(Ok(()));
         };
         let request = Request {
             key_id: asked.key.as_ref().map_or(0, |(_, number)| *number),
@@ -218,10 +222,25 @@ impl Clavis2Source {
             request_id: asked.request_id,
             device: self.config.device,
         };
-        // One that the system refuses is not answered, and said again.
-        let _ = ready!(self.socket.poll_send(cx, &request.encode()));
+        ready!(self.socket.poll_send(cx, &request.encode()))?;
         asked.sent = true;
-        Poll::Ready(())
+        Poll::Ready(Ok(()))
+    }
+
+    /// The daemon is not there: it is asked again, not at once.
+    fn miss_daemon(&mut self, error: io::ErrorKind) {
+        let asked = self.asked.take();
+        // A port that is closed has given nothing out.
+        if asked.as_ref().is_some_and(|asked| asked.sent)
+            && error != io::ErrorKind::ConnectionRefused
+        {
+            self.miss();
+        }
+        self.detach(DetachReason::Io { error });
+        self.rest();
+        if let Some((id, _)) = asked.and_then(|asked| asked.key) {
+            self.wanted.again(vec![id]);
+        }
     }
 
     fn rest(&mut self) {
@@ -232,6 +251,24 @@ impl Clavis2Source {
     fn set_alarm(&mut self, ms: u64) {
         let at = Instant::now() + Duration::from_millis(ms);
         self.alarm.as_mut().reset(at);
+    }
+
+    /// The answer to what was asked last did not come, or is of no use.
+    fn miss(&mut self) {
+        self.unanswered += u64::from(self.config.role == Role::Pull);
+    }
+
+    fn attach(&mut self) {
+        if self.attached.replace(true) != Some(true) {
+            self.events.push_back(Event::Attached {
+                device: self.config.address.to_string(),
+                session: None,
+            });
+        }
+        let blocks = std::mem::take(&mut self.unanswered);
+        if blocks > 0 {
+            self.events.push_back(Event::Gap { blocks });
+        }
     }
 
     fn detach(&mut self, reason: DetachReason) {
@@ -257,22 +294,25 @@ impl Clavis2Source {
         if !is_answer {
             return Some(corrupt(None, CorruptReason::Unasked));
         }
-        if self.attached.replace(true) != Some(true) {
-            self.events.push_back(Event::Attached {
-                device: self.config.address.to_string(),
-                session: None,
-            });
+        let key_bytes = usize::from(self.config.key_bytes);
+        let is_key = response.key_id != 0 && key.len() == key_bytes;
+        if is_key {
+            out[..key_bytes].copy_from_slice(key);
         }
+        self.attach();
         let fetched = self.asked.take().and_then(|asked| asked.key);
         if let Some(refusal) = response.refusal {
             self.refuse(refusal, fetched.map(|(id, _)| id));
             return None;
         }
         let id = response.qkd_key_id();
-        if response.key_id == 0 || key.len() != usize::from(self.config.key_bytes) {
+        if !is_key {
+            self.miss();
+            let fetched = fetched.map(|(id, _)| id);
+            self.wanted.failed(fetched.into_iter(), &mut self.events);
+            self.rest();
             return Some(corrupt(Some(id), CorruptReason::Unasked));
         }
-        out[..key.len()].copy_from_slice(key);
         if let Some((id, _)) = fetched {
             self.wanted.done(id);
         }
@@ -323,7 +363,10 @@ impl KeySource for Clavis2Source {
             if !self.choose() {
                 return Poll::Pending;
             }
-            ready!(self.send(cx));
+            if let Err(error) = ready!(self.send(cx)) {
+                self.miss_daemon(error.kind());
+                continue;
+            }
             let mut buffer = ReadBuf::new(&mut self.datagram);
             match self.socket.poll_recv(cx, &mut buffer) {
                 Poll::Ready(Ok(())) => {
@@ -336,17 +379,15 @@ impl KeySource for Clavis2Source {
                         event => self.events.extend(event),
                     }
                 }
-                Poll::Ready(Err(error)) => {
-                    let error = error.kind();
-                    self.detach(DetachReason::Io { error });
-                    // The daemon is not there: it is asked again, not at once.
-                    self.rest();
-                    if let Some((id, _)) = self.asked.take().and_then(|asked| asked.key) {
-                        self.wanted.again(vec![id]);
-                    }
-                }
+                Poll::Ready(Err(error)) => self.miss_daemon(error.kind()),
                 Poll::Pending => {
+                    // That the port is closed wakes nobody who waits for a datagram: the system is asked.
+                    if let Ok(Some(error)) = self.socket.take_error() {
+                        self.miss_daemon(error.kind());
+                        continue;
+                    }
                     ready!(self.alarm.as_mut().poll(cx));
+                    self.miss();
                     self.detach(DetachReason::NoAnswer);
                     self.ask_again();
                 }

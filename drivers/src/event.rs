@@ -33,9 +33,10 @@ pub enum Event {
     State(ModuleState),
     /// Something that an operator should know.
     Alarm(Alarm),
-    /// The module delivered, and it did not arrive, or the module itself dropped it.
+    /// The module delivered, and it did not arrive, or the module itself dropped it. From a module that
+    /// gives a key out once, also what may have been lost with an answer that did not arrive.
     Gap {
-        /// Number of blocks lost.
+        /// Number of blocks lost; at most so many where it cannot be told.
         blocks: u64,
     },
     /// A block failed a check. It was set aside or dropped, and the module goes on.

@@ -39,6 +39,9 @@ enum Fault {
     ComesBack,
     ChangesItsLongestBlock,
     MisstatesTheLength,
+    /// Of a module that hands out once.
+    TakesAheadOfCredit,
+    HidesALoss,
 }
 
 #[derive(Default)]
@@ -47,6 +50,8 @@ struct Module {
     /// Settled since nothing was kept.
     settled: BTreeMap<u64, Vec<u8>>,
     ruined: bool,
+    /// Lost in a replug, and not told yet.
+    lost: u64,
     waker: Option<Waker>,
 }
 
@@ -54,12 +59,15 @@ struct Module {
 struct Desk {
     module: Arc<Mutex<Module>>,
     fault: Fault,
+    hands_out_once: bool,
     next: u64,
 }
 
 struct Source {
     desk: Desk,
     delivered: BTreeSet<u64>,
+    /// No longer at the module.
+    taken: BTreeMap<u64, Vec<u8>>,
     credit: u32,
     polls: u32,
 }
@@ -70,7 +78,15 @@ impl Desk {
         Self {
             module,
             fault,
+            hands_out_once: false,
             next,
+        }
+    }
+
+    fn that_hands_out_once(fault: Fault) -> Self {
+        Self {
+            hands_out_once: true,
+            ..Self::new(fault)
         }
     }
 
@@ -93,6 +109,7 @@ impl Bench for Desk {
         Box::new(Source {
             desk: self.clone(),
             delivered: BTreeSet::new(),
+            taken: BTreeMap::new(),
             credit: 0,
             polls: 0,
         })
@@ -119,6 +136,20 @@ impl Bench for Desk {
         Duration::from_secs(2)
     }
 
+    fn hands_out_once(&self) -> bool {
+        self.hands_out_once
+    }
+
+    /// A block is lost on the way.
+    fn replug(&mut self) -> bool {
+        if self.hands_out_once {
+            let mut module = self.module();
+            let lost = module.kept.pop_first();
+            module.lost += u64::from(lost.is_some());
+        }
+        self.hands_out_once
+    }
+
     fn ruin(&mut self) -> bool {
         self.module().ruined = true;
         self.wake();
@@ -133,7 +164,7 @@ impl Source {
 
     fn next_block(&self) -> Option<(u64, Vec<u8>)> {
         let module = self.desk.module();
-        let mut waiting = module.kept.iter();
+        let mut waiting = self.taken.iter().chain(&module.kept);
         let (&number, key) = waiting.find(|(number, _)| !self.delivered.contains(number))?;
         Some((number, key.clone()))
     }
@@ -141,6 +172,9 @@ impl Source {
     fn deliver(&mut self, number: u64, key: &[u8], out: &mut [u8]) -> Event {
         out[..32].copy_from_slice(key);
         self.credit = self.credit.saturating_sub(1);
+        if self.desk.hands_out_once {
+            self.desk.module().kept.remove(&number);
+        }
         if !self.is(Fault::DeliversTwice) || self.polls.is_multiple_of(2) {
             self.delivered.insert(number);
         }
@@ -216,6 +250,13 @@ impl KeySource for Source {
         }
         if let Some(event) = self.misbehave(cx, out) {
             return event.map(Ok);
+        }
+        let lost = std::mem::take(&mut self.desk.module().lost);
+        if lost > 0 && !self.is(Fault::HidesALoss) {
+            return Poll::Ready(Ok(Event::Gap { blocks: lost }));
+        }
+        if self.is(Fault::TakesAheadOfCredit) && self.credit > 0 {
+            self.taken.append(&mut self.desk.module().kept);
         }
         let has_credit = self.credit > 0 || self.is(Fault::NeedsNoCredit);
         match self.next_block().filter(|_| has_credit) {
@@ -294,4 +335,34 @@ async fn a_sound_driver_passes() {
         ruined: true,
     };
     assert_eq!(checked, expected);
+}
+
+#[tokio::test]
+async fn a_sound_driver_for_a_module_that_hands_out_once_passes() {
+    let mut desk = Desk::that_hands_out_once(Fault::None);
+    let expected = Checked {
+        replugged: true,
+        ruined: true,
+    };
+    assert_eq!(check(&mut desk).await.unwrap(), expected);
+}
+
+#[tokio::test]
+async fn blocks_taken_from_such_a_module_ahead_of_credit_are_found() {
+    let mut desk = Desk::that_hands_out_once(Fault::TakesAheadOfCredit);
+    let found = check(&mut desk).await.unwrap_err();
+    assert!(
+        matches!(found, Violation::Missing { missing: 2 }),
+        "{found:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_loss_that_such_a_driver_does_not_tell_is_found() {
+    let mut desk = Desk::that_hands_out_once(Fault::HidesALoss);
+    let found = check(&mut desk).await.unwrap_err();
+    assert!(
+        matches!(found, Violation::Missing { missing: 1 }),
+        "{found:?}"
+    );
 }

@@ -150,7 +150,20 @@ fn every_setting_is_shown_with_its_default() {
             DriverConfig::Directory(DirectoryConfig::new("/run/qkd-bridge/keys")),
         ),
     ];
-    for (kind, expected) in expected {
+    // What has no default there, and nothing else.
+    let requests = [
+        (
+            "etsi014",
+            "host = 'kme-a.example'\nrole = 'pull'\npeer_sae = 'bridge-bob'\n\
+             ca = 'kme-ca.pem'\ncertificate = 'sae.pem'\nkey = 'sae.key'",
+        ),
+        ("clavis2", "address = '127.0.0.1:5323'\nrole = 'pull'"),
+    ];
+    let requests = requests.map(|(kind, text)| {
+        let text = format!("kind = '{kind}'\n{text}");
+        (kind, toml::from_str(&text).unwrap())
+    });
+    for (kind, expected) in expected.into_iter().chain(requests) {
         let text = shown_configuration(kind);
         assert_eq!(toml::from_str(&text), Ok(expected.clone()), "{kind}");
         // With those that have no default, all fields of the type are there.

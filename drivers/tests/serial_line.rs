@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::symlink,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -81,6 +81,49 @@ async fn every_block_comes_once_though_each_byte_of_a_frame_is_flipped_doubled_o
     // A key frame has 48 bytes around its key.
     let harmed = harmed.load(Ordering::Relaxed);
     assert!(harmed >= 3 * 48, "{harmed} bytes were harmed");
+}
+
+/// A terminal that keeps so many bytes for who does not read, and drops the others without a word.
+fn unread_beyond(kept: usize, is_read: Arc<AtomicBool>, dropped: Arc<AtomicUsize>) -> Fault {
+    let mut passed = 0;
+    Box::new(move |bytes| {
+        passed += bytes.len();
+        if passed > kept && !is_read.load(Ordering::Relaxed) {
+            dropped.fetch_add(bytes.len(), Ordering::Relaxed);
+            bytes.clear();
+        }
+    })
+}
+
+#[tokio::test]
+async fn what_a_terminal_that_nobody_reads_has_dropped_comes_again() {
+    const BLOCKS: u64 = 200;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("port");
+    let (is_read, dropped) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicUsize::new(0)),
+    );
+    let mut device = Device::with_patience("tx-1", 5, Duration::from_millis(20));
+    device.offer(0..BLOCKS);
+    device.plug(&path, unread_beyond(5120, is_read.clone(), dropped.clone()));
+    let mut source = open(&path);
+    source.grant(u32::try_from(BLOCKS).unwrap());
+    let mut next = 0;
+    while next < BLOCKS {
+        let (event, bytes) = event(&mut *source).await;
+        let Event::Key(got) = event else { continue };
+        assert_eq!(got.metadata.qkd_key_id.as_str(), next.to_string());
+        assert_eq!(bytes, block(next).1);
+        if next == 0 {
+            // The node is busy with something else, and the device goes on.
+            while dropped.load(Ordering::Relaxed) < 20_000 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            is_read.store(true, Ordering::Relaxed);
+        }
+        next += 1;
+    }
 }
 
 fn thread_time() -> Duration {

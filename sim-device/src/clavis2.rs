@@ -36,6 +36,17 @@ pub struct Clavis2Config {
     pub max_keys: usize,
 }
 
+impl Clavis2Config {
+    /// At this address, with the other settings' defaults.
+    #[must_use]
+    pub const fn new(listen: SocketAddr) -> Self {
+        Self {
+            listen,
+            max_keys: default_max_keys(),
+        }
+    }
+}
+
 const fn default_max_keys() -> usize {
     65_536
 }

@@ -104,7 +104,8 @@ enum Command {
     #[command(
         after_help = "Examples:\n  qkd-bridge replay tx.trace --to /tmp/tty-replay\n  \
         qkd-bridge replay ring.trace --to /run/qkd/tx-1.sock --speed 10\n  \
-        qkd-bridge replay keys.trace --to /run/qkd/keys\n\n\
+        qkd-bridge replay keys.trace --to /run/qkd/keys\n  \
+        qkd-bridge replay clavis.trace --to 127.0.0.1:5323\n\n\
         Both ends of a link can be played from one trace: equal seeds make equal keys."
     )]
     Replay(bringup::ReplayArgs),
@@ -215,6 +216,7 @@ impl Failure {
         match self {
             Self::Config(_) | Self::Levels { .. } => 2,
             Self::Store(error) => error.exit_status(),
+            Self::BringUp(error) => error.exit_status(),
             Self::Node(_)
             | Self::Pki(_)
             | Self::Credentials(_)
@@ -224,7 +226,6 @@ impl Failure {
             | Self::Sim { .. }
             | Self::SimProcess(_)
             | Self::Inspect { .. }
-            | Self::BringUp(_)
             | Self::StoreFailed
             | Self::System(_) => 1,
         }

@@ -1,6 +1,11 @@
 //! Simulated devices on every transport, and the drivers for them.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::Path,
+};
 
 use qkd_drivers::{DirectoryConfig, DriverConfig, SerialConfig, SharedMemoryConfig};
 use qkd_handover::type7::{self, HEADER_BYTES, Header};
@@ -100,4 +105,12 @@ fn number_and_key(path: &Path) -> (u64, Vec<u8>) {
     let mut key = vec![0; header.key_bits.div_ceil(8) as usize];
     type7::decode_key(&header, words, &mut key).unwrap();
     (u64::from(header.first_epoch), key)
+}
+
+/// A port that is free, at an address of loopback that is this process's own.
+pub(crate) fn datagram_address(host: u8) -> SocketAddr {
+    let [low, high, ..] = std::process::id().to_le_bytes();
+    let ip = IpAddr::from([127, high.max(1), low, host]);
+    let socket = UdpSocket::bind((ip, 0)).unwrap();
+    socket.local_addr().unwrap()
 }

@@ -7,6 +7,7 @@ pub(crate) mod devices;
 pub(crate) mod ledgers;
 pub(crate) mod namespaces;
 pub(crate) mod proxy;
+pub(crate) mod vendor;
 
 use std::{
     path::Path,

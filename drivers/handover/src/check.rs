@@ -1,7 +1,7 @@
-//! The check sequence of frames and records: CRC-32C (Castagnoli), as in iSCSI (RFC 3720, appendix
-//! B.4): of `123456789` it is 0xe3069283.
+//! Check sequences: of frames and records CRC-32C (Castagnoli), as in iSCSI (RFC 3720, appendix B.4), of
+//! `123456789` 0xe3069283; of a Clavis2's datagrams CRC-32/BZIP2, of the same 0xfc891918.
 
-use crc_fast::{CrcAlgorithm, Digest};
+use crc_fast::{CrcAlgorithm, Digest, checksum};
 
 /// CRC-32C of several pieces as if they were one.
 pub(crate) fn crc32c(pieces: &[&[u8]]) -> u32 {
@@ -9,8 +9,17 @@ pub(crate) fn crc32c(pieces: &[&[u8]]) -> u32 {
     for piece in pieces {
         digest.update(piece);
     }
-    // 32 bits, in a type that holds all lengths.
-    u32::try_from(digest.finalize()).unwrap_or(0)
+    low_word(digest.finalize())
+}
+
+/// CRC-32/BZIP2.
+pub(crate) fn crc32_bzip2(bytes: &[u8]) -> u32 {
+    low_word(checksum(CrcAlgorithm::Crc32Bzip2, bytes))
+}
+
+/// 32 bits, in a type that holds all lengths.
+fn low_word(crc: u64) -> u32 {
+    u32::try_from(crc).unwrap_or(0)
 }
 
 #[cfg(test)]

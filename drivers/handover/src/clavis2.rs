@@ -19,8 +19,9 @@
 //! Source: the layout that an open client of the daemon (cqptoolkit) documents; the layout is a
 //! fact, this code is its own.
 
-use crc::{CRC_32_BZIP2, Crc};
 use qkd_keyfile::QkdKeyId;
+
+use crate::check::crc32_bzip2;
 
 /// Bytes of a request.
 pub const REQUEST_BYTES: usize = 29;
@@ -33,8 +34,6 @@ pub const MAX_KEY_BYTES: usize = 32;
 
 /// The daemon's port.
 pub const PORT: u16 = 5323;
-
-const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_BZIP2);
 
 /// Asks for a new key, or for one that the other end has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,7 +235,7 @@ fn parse_head(bytes: &[u8]) -> Result<(u64, u8, u32), Clavis2Error> {
 /// Writes the check sequence to the last four bytes.
 fn seal(out: &mut [u8]) {
     let at = out.len() - 4;
-    let crc = CRC.checksum(&out[..at]);
+    let crc = crc32_bzip2(&out[..at]);
     out[at..].copy_from_slice(&crc.to_be_bytes());
 }
 
@@ -246,7 +245,7 @@ fn checked<const N: usize>(datagram: &[u8], kind: u8) -> Result<&[u8; N], Clavis
         need_bytes: N,
     })?;
     let (body, crc) = bytes.split_at(N - 4);
-    if CRC.checksum(body).to_be_bytes() != crc {
+    if crc32_bzip2(body).to_be_bytes() != crc {
         return Err(Clavis2Error::Crc);
     }
     if bytes[0] != kind {
@@ -284,7 +283,7 @@ mod tests {
     #[test]
     fn the_check_sequence_is_that_of_bzip2_big_endian() {
         assert_eq!(
-            CRC.checksum(b"123456789").to_be_bytes(),
+            crc32_bzip2(b"123456789").to_be_bytes(),
             [0xfc, 0x89, 0x19, 0x18]
         );
     }

@@ -27,12 +27,23 @@ use crate::{
 };
 
 /// The module that a driver is tried on.
+///
+/// Where keys are fetched by ID ([`KeySource::request`]), the kit asks for all that is offered, more than
+/// once, as the matching node does.
 pub trait Bench {
     /// Opens the driver on the module, inside the runtime in which the kit runs.
     ///
     /// The first time the module has no block. Later times are restarts of the bridge: the source
-    /// from before has been dropped, and the module still has all that was not settled.
+    /// from before has been dropped, and the module still has all that was not settled, or not handed
+    /// out ([`hands_out_once`](Self::hands_out_once)).
     fn open(&mut self) -> Box<dyn KeySource>;
+
+    /// Whether the module forgets a block as soon as it has handed it out. Then what came does not come
+    /// again, whether it was settled or not, what there is no credit for must still be with the module
+    /// after a restart, and what a replug costs must be told, as a gap or as empty.
+    fn hands_out_once(&self) -> bool {
+        false
+    }
 
     /// Has the module make more blocks, with IDs that it has not used and at least 16 bytes of key
     /// each; they stay until they are settled. Returns without waiting for the driver.
@@ -110,7 +121,7 @@ pub enum Violation {
         /// The block.
         id: QkdKeyId,
     },
-    /// A settled block came again after the source had been idle.
+    /// A settled block came again after the source had been idle, or one that is handed out once.
     #[error("block {id} came again after it was settled")]
     SettledCameAgain {
         /// The block.
@@ -267,7 +278,7 @@ async fn what_was_not_settled_comes_again_and_nothing_else(
     bench: &mut dyn Bench,
 ) -> Result<(), Violation> {
     let mut watch = Watch::open(bench);
-    watch.expect(bench.offer(7));
+    watch.expect(bench.offer(9));
     watch.grant(7);
     let ids = watch.take(7).await?;
     let outcomes = [
@@ -281,7 +292,7 @@ async fn what_was_not_settled_comes_again_and_nothing_else(
     watch.idle().await?;
     let mut watch = watch.reopen(bench);
     watch.grant(10);
-    watch.take(4).await?;
+    watch.take_the_rest().await?;
     watch.finish().await?;
     let mut watch = Watch::open(bench);
     watch.grant(10);
@@ -320,7 +331,7 @@ async fn a_replug_loses_nothing(bench: &mut dyn Bench) -> Result<bool, Violation
     watch.idle().await?;
     let replugged = bench.replug();
     if replugged {
-        watch.may_repeat_unsettled();
+        watch.was_replugged();
     }
     watch.grant(20);
     watch.take_the_rest().await?;

@@ -40,6 +40,7 @@ const KNOWN_BYTES: usize = 16;
 pub(super) struct Watch {
     source: Box<dyn KeySource>,
     patience: Duration,
+    hands_out_once: bool,
     max_block_bytes: usize,
     out: Scratch,
     offered: BTreeMap<QkdKeyId, Offered>,
@@ -47,6 +48,8 @@ pub(super) struct Watch {
     settled: BTreeSet<QkdKeyId>,
     /// Delivered before the module went away.
     may_repeat: BTreeSet<QkdKeyId>,
+    /// What the module's going away has cost, by the driver's word; `None` where it may cost nothing.
+    lost_blocks: Option<u64>,
     credit_blocks: u64,
 }
 
@@ -57,6 +60,7 @@ impl Watch {
         Self {
             source,
             patience: bench.patience(),
+            hands_out_once: bench.hands_out_once(),
             max_block_bytes,
             // Longer than it need be: nothing says that buffers are as short as can be.
             out: Scratch::new(max_block_bytes + 64),
@@ -64,29 +68,40 @@ impl Watch {
             delivered: BTreeSet::new(),
             settled: BTreeSet::new(),
             may_repeat: BTreeSet::new(),
+            lost_blocks: None,
             credit_blocks: 0,
         }
     }
 
-    /// Drops the source and opens another: what was not settled is expected again.
+    /// Drops the source and opens another: what was not settled is expected again, or what was not
+    /// handed out.
     pub(super) fn reopen(self, bench: &mut dyn Bench) -> Self {
         let Self {
             source,
-            offered,
-            settled,
+            mut offered,
+            delivered,
+            mut settled,
+            hands_out_once,
             ..
         } = self;
         drop(source);
-        Self {
-            offered,
-            settled,
-            ..Self::open(bench)
+        if hands_out_once {
+            settled.extend(delivered);
         }
+        let mut watch = Self::open(bench);
+        offered.retain(|id, _| !settled.contains(id));
+        watch.settled = settled;
+        watch.expect(offered.into_values().collect());
+        watch
     }
 
     pub(super) fn expect(&mut self, blocks: Vec<Offered>) {
+        let ids: Vec<_> = blocks.iter().map(|block| block.id.clone()).collect();
         let entry = |block: Offered| (block.id.clone(), block);
         self.offered.extend(blocks.into_iter().map(entry));
+        // The matching node says again what it waits for.
+        self.source.request(&ids);
+        self.source.request(&ids);
     }
 
     pub(super) fn grant(&mut self, blocks: u32) {
@@ -101,9 +116,13 @@ impl Watch {
         self.source.settle(id, outcome);
     }
 
-    pub(super) fn may_repeat_unsettled(&mut self) {
-        let unsettled = self.delivered.difference(&self.settled).cloned();
-        self.may_repeat = unsettled.collect();
+    pub(super) fn was_replugged(&mut self) {
+        if self.hands_out_once {
+            self.lost_blocks = Some(0);
+        } else {
+            let unsettled = self.delivered.difference(&self.settled).cloned();
+            self.may_repeat = unsettled.collect();
+        }
     }
 
     /// Takes so many blocks, and whatever else comes in between.
@@ -131,12 +150,21 @@ impl Watch {
         Ok(ids)
     }
 
-    /// Takes until all that was offered has come.
+    /// Takes until all that was offered has come, or been told as lost where it may be.
     pub(super) async fn take_the_rest(&mut self) -> Result<(), Violation> {
-        while self.delivered.len() < self.offered.len() {
-            self.take(1).await?;
+        let give_up = Instant::now() + self.patience;
+        loop {
+            let lost = self.lost_blocks.unwrap_or(0);
+            let lost = usize::try_from(lost).unwrap_or(usize::MAX);
+            let missing = (self.offered.len() - self.delivered.len()).saturating_sub(lost);
+            if missing == 0 {
+                return Ok(());
+            }
+            if Instant::now() > give_up {
+                return Err(Violation::Missing { missing });
+            }
+            self.next(QUIET).await?;
         }
-        Ok(())
     }
 
     /// Polls until nothing has come for a while. No key may come that there is no credit for.
@@ -260,6 +288,17 @@ impl Watch {
                 self.look_at_block(&block)?;
                 Ok(Some(Event::Key(block)))
             }
+            Some(event @ (Event::Gap { .. } | Event::Empty { .. }))
+                if self.lost_blocks.is_some() =>
+            {
+                let blocks = match event {
+                    Event::Gap { blocks } => blocks,
+                    _ => 1,
+                };
+                self.lost_blocks = self.lost_blocks.map(|lost| lost.saturating_add(blocks));
+                self.look_for_key()?;
+                Ok(Some(event))
+            }
             Some(event @ (Event::Gap { .. } | Event::Corrupt { .. })) => {
                 Err(Violation::Complaint { event })
             }
@@ -276,12 +315,12 @@ impl Watch {
             return Err(Violation::BeyondCredit { id });
         }
         self.credit_blocks -= 1;
-        let Some(offered) = self.offered.get(&id) else {
-            return Err(Violation::Unknown { id });
-        };
         if self.settled.contains(&id) {
             return Err(Violation::SettledCameAgain { id });
         }
+        let Some(offered) = self.offered.get(&id) else {
+            return Err(Violation::Unknown { id });
+        };
         let may_repeat = self.may_repeat.remove(&id);
         if !self.delivered.insert(id.clone()) && !may_repeat {
             return Err(Violation::Repeated { id });

@@ -6,8 +6,10 @@
 //!
 //! A key manager hands a key out once and forgets it, so there is nothing to settle, and what was pulled
 //! and not stored when the bridge stops is lost: the other end drops it too. Keys are pulled only for
-//! credit.
+//! credit. Those of an answer that did not arrive, or was of no use, may be lost too, and are told as a gap
+//! with the next answer; at the other end, a key that is gone is told as empty.
 
+mod client;
 mod container;
 mod http;
 
@@ -17,26 +19,23 @@ use std::{
     io,
     path::PathBuf,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use qkd_keyfile::{AppId, ModuleId, QkdKeyId, metadata::QkdKeyMetadata};
-use qkd_net::{
-    Reloadable,
-    tls::{ClientStream, connect_to_host},
-};
+use qkd_net::Reloadable;
 use serde::Deserialize;
-use tokio::{net::TcpStream, time::timeout};
 
 pub use self::container::ContainerError;
-use self::container::Pulled;
+use self::{
+    client::{Client, Outcome},
+    container::Pulled,
+};
 pub use crate::wanted::Role;
 use crate::{
     config::OpenError,
     event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event, KeyBlock, Severity},
-    scratch::Scratch,
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
     wanted::Wanted,
@@ -121,34 +120,9 @@ impl Etsi014Config {
         }
         Ok(())
     }
-
-    /// Bytes of the longest answer: keys in base64 with their IDs, and extensions.
-    fn answer_bytes(&self) -> usize {
-        let key_bytes = self.key_bits as usize / 8;
-        8192 + self.keys_per_request as usize * (key_bytes.div_ceil(3) * 5 + 512)
-    }
 }
 
 type Task = Pin<Box<dyn Future<Output = Outcome> + Send>>;
-
-/// What became of a request.
-enum Outcome {
-    Keys(Client, Vec<Pulled>),
-    /// The key manager has answered, and has no key now, or not for us.
-    Refused(Client, u16),
-    /// It has answered what cannot be; the connection is closed.
-    Nonsense(Client, ContainerError),
-    Failed(Client, io::ErrorKind),
-    /// A pause is over.
-    Rested(Client),
-}
-
-/// A connection that can be made again.
-struct Client {
-    config: Etsi014Config,
-    credentials: Arc<Reloadable>,
-    stream: Option<Box<ClientStream>>,
-}
 
 /// The key manager at one end.
 pub struct Etsi014Source {
@@ -157,6 +131,13 @@ pub struct Etsi014Source {
     task: Option<Task>,
     /// What the task has asked for; empty for new keys.
     asked: Vec<QkdKeyId>,
+    /// How many the task has asked for.
+    asked_keys: usize,
+    /// How many to ask for at most: fewer after a shortage, for some key managers give all or none.
+    most_keys: u32,
+    /// New keys that were asked for and did not come though they may have been handed out, since the
+    /// last gap.
+    missed_keys: u64,
     pulled: VecDeque<Pulled>,
     wanted: Wanted,
     events: VecDeque<Event>,
@@ -188,13 +169,12 @@ impl Etsi014Source {
         let credentials = Reloadable::load(&config.ca, &config.certificate, &config.key)
             .map_err(|error| OpenError::Credentials(Box::new(error)))?;
         Ok(Self {
-            client: Some(Client {
-                config: config.clone(),
-                credentials: Arc::new(credentials),
-                stream: None,
-            }),
+            client: Some(Client::new(config, credentials)),
             task: None,
             asked: Vec::new(),
+            asked_keys: 0,
+            most_keys: config.keys_per_request,
+            missed_keys: 0,
             pulled: VecDeque::new(),
             wanted: Wanted::default(),
             events: VecDeque::new(),
@@ -212,7 +192,7 @@ impl Etsi014Source {
         if self.credit_blocks == 0 {
             return false;
         }
-        let most = self.config.keys_per_request.min(self.credit_blocks) as usize;
+        let most = self.most_keys.min(self.credit_blocks) as usize;
         self.asked = match self.config.role {
             Role::Pull => Vec::new(),
             Role::Fetch => self.wanted.next(most),
@@ -224,6 +204,7 @@ impl Etsi014Source {
             return false;
         };
         let (ids, number) = (self.asked.clone(), most);
+        self.asked_keys = number;
         self.task = Some(Box::pin(client.ask(ids, number)));
         true
     }
@@ -248,6 +229,7 @@ impl Etsi014Source {
                 came.into_iter().for_each(|id| self.wanted.done(id));
                 self.wanted.failed(missing.into_iter(), &mut self.events);
                 self.refused = None;
+                self.most_keys = (self.most_keys * 2).min(self.config.keys_per_request);
                 let is_empty = pulled.is_empty();
                 self.pulled.extend(pulled);
                 if is_empty {
@@ -259,30 +241,47 @@ impl Etsi014Source {
             Outcome::Refused(client, status) => {
                 self.attach();
                 self.tell_refusal(status);
+                if self.config.role == Role::Pull && status == 503 {
+                    self.most_keys = u32::try_from(self.asked_keys / 2).unwrap_or(1).max(1);
+                }
                 let asked = std::mem::take(&mut self.asked);
                 self.wanted.failed(asked.into_iter(), &mut self.events);
                 self.rest(client, pause);
             }
             Outcome::Nonsense(client, error) => {
                 self.attach();
+                self.miss();
                 let reason = CorruptReason::Container(error);
                 self.events.push_back(Event::Corrupt { id: None, reason });
                 let asked = std::mem::take(&mut self.asked);
                 self.wanted.failed(asked.into_iter(), &mut self.events);
                 self.rest(client, pause);
             }
-            Outcome::Failed(client, error) => {
-                // Whether the keys were handed out is not known; asking again does no harm.
-                self.wanted.again(std::mem::take(&mut self.asked));
-                if std::mem::take(&mut self.attached) || self.backoff == BACKOFF_FIRST {
-                    let reason = DetachReason::Io { error };
-                    self.events.push_back(Event::Detached { reason });
-                }
-                let pause = self.backoff;
-                self.backoff = (pause * 2).min(BACKOFF_LAST);
-                self.rest(client, pause);
+            Outcome::Unreached(client, error) => self.detach(client, error),
+            Outcome::Unanswered(client, error) => {
+                self.miss();
+                self.detach(client, error);
             }
         }
+    }
+
+    /// New keys that were asked for may have been handed out, and are not here.
+    fn miss(&mut self) {
+        if self.config.role == Role::Pull {
+            self.missed_keys += self.asked_keys as u64;
+        }
+    }
+
+    /// Asks again later; of keys by ID that does no harm.
+    fn detach(&mut self, client: Client, error: io::ErrorKind) {
+        self.wanted.again(std::mem::take(&mut self.asked));
+        if std::mem::take(&mut self.attached) || self.backoff == BACKOFF_FIRST {
+            let reason = DetachReason::Io { error };
+            self.events.push_back(Event::Detached { reason });
+        }
+        let pause = self.backoff;
+        self.backoff = (pause * 2).min(BACKOFF_LAST);
+        self.rest(client, pause);
     }
 
     /// That there is no key is no alarm: 503 says so of new ones, and 400 or 404 of those by ID.
@@ -308,6 +307,10 @@ impl Etsi014Source {
                 device: format!("{host}:{port}"),
                 session: None,
             });
+        }
+        let blocks = std::mem::take(&mut self.missed_keys);
+        if blocks > 0 {
+            self.events.push_back(Event::Gap { blocks });
         }
     }
 
@@ -372,112 +375,6 @@ impl KeySource for Etsi014Source {
             self.waiting.wake();
         }
     }
-}
-
-impl Client {
-    async fn ask(mut self, ids: Vec<QkdKeyId>, number: usize) -> Outcome {
-        let within = Duration::from_millis(self.config.timeout_ms);
-        let mut buffer = Scratch::new(self.config.answer_bytes());
-        let request = self.request(&ids, number);
-        let was_open = self.stream.is_some();
-        let mut answer = self.exchange(&request, &mut buffer, within).await;
-        // A key manager may close a connection that was idle at any time, before it has read anything.
-        if was_open && answer.is_err() && ids.is_empty() {
-            answer = self.exchange(&request, &mut buffer, within).await;
-        }
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(error) => return Outcome::Failed(self, error.kind()),
-        };
-        if !answer.stays_open {
-            self.stream = None;
-        }
-        if answer.status != 200 {
-            return Outcome::Refused(self, answer.status);
-        }
-        let body = &mut buffer[answer.body];
-        match container::parse(body, number, self.config.key_bits) {
-            Ok(pulled) if !ids.is_empty() && pulled.iter().any(|one| !ids.contains(&one.id)) => {
-                Outcome::Nonsense(self, ContainerError::Id)
-            }
-            Ok(pulled) => Outcome::Keys(self, pulled),
-            Err(error) => Outcome::Nonsense(self, error),
-        }
-    }
-
-    async fn exchange(
-        &mut self,
-        request: &[u8],
-        buffer: &mut Scratch,
-        within: Duration,
-    ) -> io::Result<http::Answer> {
-        let mut stream = match self.stream.take() {
-            Some(stream) => stream,
-            None => Box::new(self.connect(within).await?),
-        };
-        let answer = timeout(within, http::exchange(&mut *stream, request, buffer)).await;
-        let answer = answer.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        self.stream = Some(stream);
-        Ok(answer)
-    }
-
-    async fn connect(&self, within: Duration) -> io::Result<ClientStream> {
-        let Etsi014Config { host, port, .. } = &self.config;
-        // New certificates count from the next connection on; what cannot be read changes nothing.
-        let _ = self.credentials.reload();
-        let tcp = timeout(within, TcpStream::connect((host.as_str(), *port))).await;
-        let tcp = tcp.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
-        let config = self.credentials.current().web_client_config(&[b"http/1.1"]);
-        let stream = connect_to_host(tcp, config, host, within).await;
-        stream.map_err(|error| io::Error::new(io::ErrorKind::ConnectionRefused, error))
-    }
-
-    /// Clause 5: Get key, or Get key with key IDs.
-    fn request(&self, ids: &[QkdKeyId], number: usize) -> Vec<u8> {
-        let Etsi014Config {
-            host,
-            port,
-            peer_sae,
-            key_bits,
-            ..
-        } = &self.config;
-        let sae = percent_encoded(peer_sae.as_str());
-        let (method, path, body) = if ids.is_empty() {
-            let path = format!("enc_keys?number={number}&size={key_bits}");
-            ("GET", path, String::new())
-        } else {
-            let each = ids
-                .iter()
-                .map(|id| format!(r#"{{"key_ID":{}}}"#, serde_json::json!(id.as_str())));
-            let list = each.collect::<Vec<_>>().join(",");
-            let body = format!(r#"{{"key_IDs":[{list}]}}"#);
-            ("POST", "dec_keys".to_owned(), body)
-        };
-        let content = if body.is_empty() {
-            String::new()
-        } else {
-            let len = body.len();
-            format!("content-type: application/json\r\ncontent-length: {len}\r\n")
-        };
-        format!(
-            "{method} /api/v1/keys/{sae}/{path} HTTP/1.1\r\nhost: {host}:{port}\r\n\
-             accept: application/json\r\n{content}\r\n{body}"
-        )
-        .into_bytes()
-    }
-}
-
-/// All but the unreserved characters (RFC 3986, clause 2.3).
-fn percent_encoded(text: &str) -> String {
-    let mut out = String::new();
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            out.push(char::from(byte));
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-    }
-    out
 }
 
 /// 64 KiB of key.

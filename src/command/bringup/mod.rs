@@ -18,7 +18,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use qkd_drivers::{
     DirectoryConfig, DriverConfig, Event, KeySource, OpenError, ReadError, SerialConfig,
-    Settlement, SharedMemoryConfig, advice, advice::Advice, next_event,
+    Settlement, SharedMemoryConfig, advice, advice::Advice, clavis2::Role, next_event,
 };
 use qkd_sim_device::trace::TraceError;
 use tokio::time::Instant;
@@ -49,6 +49,35 @@ pub(super) enum BringUpError {
     File { path: PathBuf, source: io::Error },
     #[error("nothing was heard of the module in {seconds} s")]
     Silent { seconds: u64 },
+    /// Looking would cost keys that nobody has asked to lose.
+    #[error(
+        "this module gives each key out once, so what is looked at is lost to the node: \
+         say so with --consume, and say how much with --blocks"
+    )]
+    GivesOnce,
+    #[error(
+        "this end fetches the keys that the other end has pulled, by their IDs: look at the end \
+         whose role is \"pull\""
+    )]
+    Fetches,
+    #[error("--to {0} is no address and port for datagrams, such as 127.0.0.1:5323")]
+    Address(String),
+}
+
+impl BringUpError {
+    /// 2 where the command line is wrong.
+    pub(super) const fn exit_status(&self) -> u8 {
+        match self {
+            Self::Driver(_) | Self::GivesOnce | Self::Fetches | Self::Address(_) => 2,
+            Self::Advice { .. }
+            | Self::Kind(_)
+            | Self::Open(_)
+            | Self::Read(_)
+            | Self::Trace { .. }
+            | Self::File { .. }
+            | Self::Silent { .. } => 1,
+        }
+    }
 }
 
 /// Which module, and for how long.
@@ -140,6 +169,7 @@ impl DeviceArgs {
             let kind = table["driver"].get("kind").and_then(toml::Value::as_str);
             let kind = kind.unwrap_or_default().to_owned();
             let entry: Entry = table.try_into().map_err(refuse)?;
+            self.check_cost(&entry.driver)?;
             return Ok((kind, entry.driver));
         }
         let device = self.device.clone().unwrap_or_default();
@@ -166,6 +196,20 @@ impl DeviceArgs {
         Ok((kind.name().to_owned(), config))
     }
 
+    /// Refuses what gives its keys out once, unless they are to be taken.
+    fn check_cost(&self, driver: &DriverConfig) -> Result<(), BringUpError> {
+        let role = match driver {
+            DriverConfig::Clavis2(config) => config.role,
+            DriverConfig::Etsi014(config) => config.role,
+            _ => return Ok(()),
+        };
+        match role {
+            Role::Fetch => Err(BringUpError::Fetches),
+            Role::Pull if !self.consume => Err(BringUpError::GivesOnce),
+            Role::Pull => Ok(()),
+        }
+    }
+
     /// Reads the module for the time or the blocks asked for; `see` is told every event, with the key
     /// of a key block.
     async fn watch(
@@ -181,7 +225,9 @@ impl DeviceArgs {
         let mut buffer = Zeroizing::new(vec![0; source.max_block_bytes()]);
         let end = Instant::now() + Duration::from_secs(self.seconds);
         let mut blocks = 0;
-        source.grant(CREDIT_BLOCKS);
+        // One that gives a key out once gives no more than is looked at.
+        let credit = self.blocks.and_then(|most| u32::try_from(most).ok());
+        source.grant(credit.map_or(CREDIT_BLOCKS, |most| most.min(CREDIT_BLOCKS)));
         while self.blocks.is_none_or(|most| blocks < most) {
             let event = tokio::select! {
                 _ = signals.next() => break,
@@ -200,7 +246,12 @@ impl DeviceArgs {
                 if self.consume {
                     source.settle(&block.metadata.qkd_key_id, Settlement::Dropped);
                 }
-                source.grant(1);
+                if self
+                    .blocks
+                    .is_none_or(|most| blocks + u64::from(CREDIT_BLOCKS) <= most)
+                {
+                    source.grant(1);
+                }
             }
             progress.tick();
         }

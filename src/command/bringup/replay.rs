@@ -9,7 +9,8 @@ use std::{
 };
 
 use qkd_sim_device::{
-    Seed, TransportConfig, files::FilesConfig, ring::RingConfig, serial::SerialConfig, trace::Trace,
+    Seed, TransportConfig, clavis2::Clavis2Config, files::FilesConfig, ring::RingConfig,
+    serial::SerialConfig, trace::Trace,
 };
 
 use super::{BringUpError, runtime};
@@ -23,7 +24,7 @@ pub(in crate::command) struct ReplayArgs {
     /// The trace.
     trace: PathBuf,
     /// Where to: a serial port that is there, the path at which a pseudo-terminal is to be, the
-    /// socket of a bridge, or a folder.
+    /// socket of a bridge, a folder, or the address at which a Clavis2's daemon is to be.
     #[arg(long, value_name = "PATH")]
     to: PathBuf,
     /// Over another transport than the recorded one.
@@ -48,6 +49,7 @@ enum Over {
     Serial,
     Directory,
     SharedMemory,
+    Clavis2,
 }
 
 fn speed(text: &str) -> Result<f64, &'static str> {
@@ -66,7 +68,7 @@ impl ReplayArgs {
         if let Some(seed) = &self.seed {
             trace.set_seed(seed.clone());
         }
-        let transport = self.transport(&trace);
+        let transport = self.transport(&trace)?;
         let style = match self.json {
             true => Style::Json,
             false if std::io::stdout().is_terminal() => Style::Live,
@@ -89,14 +91,15 @@ impl ReplayArgs {
         Trace::read(file).map_err(|source| BringUpError::Trace { path, source })
     }
 
-    fn transport(&self, trace: &Trace) -> TransportConfig {
+    fn transport(&self, trace: &Trace) -> Result<TransportConfig, BringUpError> {
         let over = self.over.unwrap_or(match trace.kind.as_str() {
             "directory" => Over::Directory,
             "shared-memory" => Over::SharedMemory,
-            // Whatever was recorded over a network is played over a line.
+            "clavis2" => Over::Clavis2,
+            // A key manager, or a driver of somebody's own: played over a line.
             _ => Over::Serial,
         });
-        match over {
+        Ok(match over {
             Over::Serial => {
                 let is_port = |metadata: std::fs::Metadata| metadata.file_type().is_char_device();
                 let is_port = !self.to.is_symlink() && self.to.metadata().is_ok_and(is_port);
@@ -109,6 +112,13 @@ impl ReplayArgs {
             Over::SharedMemory => TransportConfig::Ring(RingConfig {
                 socket: self.to.clone(),
             }),
-        }
+            Over::Clavis2 => {
+                let to = self.to.to_string_lossy();
+                let listen = to
+                    .parse()
+                    .map_err(|_| BringUpError::Address(to.into_owned()))?;
+                TransportConfig::Clavis2(Clavis2Config::new(listen))
+            }
+        })
     }
 }
