@@ -374,9 +374,11 @@ impl Kma {
             version,
             incarnation,
             boot,
+            sessions,
         } = message
         {
-            let greeting = session.greeted(cx, self.boot, version, incarnation, boot);
+            let process = (incarnation, boot);
+            let greeting = session.greeted(cx, self.boot, version, process, &sessions);
             return self.greeted(now, peer, greeting);
         }
         if !session.is_up() {
@@ -385,7 +387,7 @@ impl Kma {
         match message {
             Message::Hello { .. } => {}
             Message::Marks(marks) => session.marks(cx, &marks),
-            Message::MarksTaken { session: id } => session.marks_taken(id),
+            Message::MarksTaken { session: id } => session.marks_taken(cx, id),
             Message::RolledBack { session: id } => session.rolled_back(cx, id),
             Message::HopTaken {
                 session: id,

@@ -593,6 +593,17 @@ fn marks_of_anothers_stream_or_beyond_all_bounds_move_nothing() {
         Message::Marks(marks) if (from, to) == ("relay", "bob") => Some(marks.session),
         _ => None,
     });
+    // That marks come shows that the relay's ledger has the session.
+    let none = Message::Marks(Marks {
+        session,
+        round: 8,
+        part: 0,
+        parts: 2,
+        bindings_known: 0,
+        bindings_next: u64::MAX,
+        marks: Vec::new(),
+    });
+    say(&mut net, "relay", "bob", &none);
     let before = state(&net, "bob");
     let said = |part, parts, stream: StreamId| {
         Message::Marks(Marks {

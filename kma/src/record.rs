@@ -261,6 +261,23 @@ pub enum Record {
         /// anew.
         session: Option<u64>,
     },
+
+    // Link sessions.
+    /// A link session begins: no bit is used in it before [`Record::SessionAgreed`]. One that was not
+    /// agreed makes room for it.
+    SessionBegun {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The session.
+        session: u64,
+    },
+    /// The matching KMA's ledger has the session too.
+    SessionAgreed {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The session.
+        session: u64,
+    },
 }
 
 /// A row of sealed bytes that are no key.

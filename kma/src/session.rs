@@ -18,6 +18,7 @@ use crate::{
     io::{Alarm, Cx},
     ranges::RangeSet,
     record::BurnReason,
+    state::LastSessions,
     wire::{MAX_ITEMS, Mark, Marks, Message, VERSION},
 };
 
@@ -144,6 +145,7 @@ impl Session {
             version: VERSION,
             incarnation: me.incarnation,
             boot: me.boot,
+            sessions: cx.store.last_sessions(&self.peer),
         };
         cx.send(&self.peer, &hello);
     }
@@ -186,8 +188,8 @@ impl Session {
         cx: &mut Cx<'_>,
         me: Boot,
         version: u16,
-        incarnation: u64,
-        boot: [u8; 16],
+        (incarnation, boot): (u64, [u8; 16]),
+        theirs: &LastSessions,
     ) -> Greeting {
         if version != VERSION {
             tracing::warn!(peer = %self.peer, version, ours = VERSION, "peer speaks another version of Kx");
@@ -209,7 +211,7 @@ impl Session {
         self.parts_seen = (0, BTreeSet::new());
         self.sending = Sending::default();
         self.receiving = Receiving::default();
-        self.say_marks(cx, id);
+        self.begin(cx, id, theirs);
         if replaced {
             cx.alarm(Alarm::PeerStoreReplaced {
                 peer: self.peer.clone(),
@@ -218,6 +220,22 @@ impl Session {
         } else {
             Greeting::New
         }
+    }
+
+    /// Begins a session, if the two ledgers know each other from the last.
+    fn begin(&mut self, cx: &mut Cx<'_>, session: u64, theirs: &LastSessions) {
+        let ours = cx.store.last_sessions(&self.peer);
+        if !ours.meet(theirs) {
+            let peer = self.peer.clone();
+            self.quarantine(cx, Alarm::SessionsApart { peer });
+            return cx.send(&self.peer, &Message::RolledBack { session });
+        }
+        // The peer used what is only begun here: its word that this end had it was lost.
+        if let Some(agreed) = theirs.agreed {
+            cx.store.agree_session(&self.peer, agreed);
+        }
+        cx.store.begin_session(&self.peer, session);
+        self.say_marks(cx, session);
     }
 
     /// Of every segment owned and not taken to the end: the mark, and the first byte of a binding
@@ -284,8 +302,11 @@ impl Session {
         let session = marks.session;
         if !self.marks_seen && !self.quarantined {
             if self.are_behind(cx, marks) {
-                self.quarantine(cx);
+                let peer = self.peer.clone();
+                self.quarantine(cx, Alarm::PeerRolledBack { peer });
             } else {
+                // Said after the session was recorded there.
+                cx.store.agree_session(&self.peer, session);
                 self.burn_dead(cx, marks);
             }
         }
@@ -338,26 +359,31 @@ impl Session {
         mark.stream.peer_of(me) == Some(&self.peer)
     }
 
-    fn quarantine(&mut self, cx: &mut Cx<'_>) {
+    fn quarantine(&mut self, cx: &mut Cx<'_>, alarm: Alarm) {
         if !self.quarantined {
             self.quarantined = true;
+            tracing::error!(
+                peer = %self.peer,
+                "one of the two stores went back in time: give the node that was restored or cloned \
+                 an empty store, and the other one voids what they shared"
+            );
             cx.store.quarantined(&self.peer);
-            cx.alarm(Alarm::PeerRolledBack {
-                peer: self.peer.clone(),
-            });
+            cx.alarm(alarm);
         }
     }
 
     /// The peer saw more used than our marks say.
     pub(crate) fn rolled_back(&mut self, cx: &mut Cx<'_>, session: u64) {
         if self.id == Some(session) {
-            self.quarantine(cx);
+            let peer = self.peer.clone();
+            self.quarantine(cx, Alarm::PeerRolledBack { peer });
         }
     }
 
     /// The peer took our marks: pad may be taken.
-    pub(crate) fn marks_taken(&mut self, session: u64) {
+    pub(crate) fn marks_taken(&mut self, cx: &mut Cx<'_>, session: u64) {
         if self.id == Some(session) && !self.quarantined {
+            cx.store.agree_session(&self.peer, session);
             self.marks_said = None;
             self.vouched = true;
         }

@@ -78,6 +78,7 @@ pub(crate) struct Numbering {
 pub(crate) struct Peer {
     /// Its store's incarnation, once it has told.
     pub(crate) incarnation: Option<u64>,
+    pub(crate) sessions: LastSessions,
     /// Bindings that it has not acknowledged, by sequence.
     pub(crate) outbox: BTreeMap<u64, Binding>,
     /// Bindings made for it so far.
@@ -86,6 +87,31 @@ pub(crate) struct Peer {
     pub(crate) bindings_received: u64,
     /// Those of its bindings that are not done with, in the order they came.
     pub(crate) undelivered: BTreeMap<u64, KsaKeyId>,
+}
+
+/// The last two link sessions with a KMA.
+///
+/// The ledgers of both ends never differ by more than the later one of the two, because none begins
+/// before each end has heard what the other's ledger has, and none is used before both have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastSessions {
+    /// The last one that both ledgers have. Bits may have been used in it.
+    pub(crate) agreed: Option<u64>,
+    /// One after it that the other ledger may lack. Nothing was used in it.
+    pub(crate) begun: Option<u64>,
+}
+
+impl LastSessions {
+    /// Whether the ledger that has `theirs` can be at the other end of this one. (An end that has
+    /// agreed on none leaves that to the other: its store, or the other's, may have been replaced.)
+    pub(crate) fn meet(&self, theirs: &Self) -> bool {
+        let known = |session: Option<u64>| session.is_some() && theirs.has(session);
+        self.agreed.is_none() || known(self.agreed) || known(self.begun)
+    }
+
+    fn has(&self, session: Option<u64>) -> bool {
+        self.agreed == session || self.begun == session
+    }
 }
 
 /// A binding of another KMA's.
@@ -244,6 +270,16 @@ impl State {
             Record::Forgotten { source, key_id } => {
                 self.forgotten_bindings += 1;
                 self.done_with(source, *key_id)
+            }
+            Record::SessionBegun { peer, session } => {
+                let peer = self.peers.entry(peer.clone()).or_default();
+                peer.sessions.begun = Some(*session);
+                Some(())
+            }
+            Record::SessionAgreed { peer, session } => {
+                let sessions = &mut self.peers.get_mut(peer)?.sessions;
+                sessions.agreed = sessions.begun.take_if(|begun| begun == session);
+                sessions.agreed.map(|_| ())
             }
             Record::Closed { stream, segment } => self.end(stream, *segment, BurnReason::Closed),
         }

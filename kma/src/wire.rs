@@ -17,10 +17,11 @@ use serde::{Deserialize, Serialize};
 use crate::{
     io::QuarantineReason,
     record::{Binding, RelayedWay},
+    state::LastSessions,
 };
 
 /// Version of the messages.
-pub(crate) const VERSION: u16 = 3;
+pub(crate) const VERSION: u16 = 4;
 
 /// Longest message that is taken, in bytes.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -41,6 +42,8 @@ pub(crate) enum Message {
         incarnation: u64,
         /// The sender's process.
         boot: [u8; 16],
+        /// What the sender's ledger knows of sessions with the receiver.
+        sessions: LastSessions,
     },
     /// How far the sender has taken the bits that it owns, and how far its bindings are known. First
     /// in a new link session, per direction.

@@ -29,11 +29,12 @@ struct Writer<'a, 'b> {
 impl Writer<'_, '_> {
     fn body(&mut self, kind: u8) {
         match kind {
-            // Hello: version, incarnation, boot.
+            // Hello: version, incarnation, boot, the last sessions agreed and begun.
             0 => {
-                self.varint(3);
+                self.varint(4);
                 self.long();
                 self.fixed();
+                (0..2).for_each(|_| self.perhaps(Self::long));
             }
             // Marks: session, round, part, parts, bindings known and next, marks.
             1 => {
@@ -140,6 +141,13 @@ impl Writer<'_, '_> {
                 self.fixed();
                 self.small();
             }
+        }
+    }
+
+    /// Something that may not be there.
+    fn perhaps(&mut self, item: impl FnOnce(&mut Self)) {
+        if self.small_below(2) == 1 {
+            item(self);
         }
     }
 

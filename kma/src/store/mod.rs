@@ -33,7 +33,7 @@ use qkd_secmem::Pool;
 use crate::{
     fail_point::fail_point,
     record::{DiscardReason, Record, RelayedWay, Stage, StoredSegment},
-    state::State,
+    state::{LastSessions, State},
     stream::{Accounts, Segment, Stream},
     vault::{RowId, Vault, VaultError},
 };
@@ -350,6 +350,32 @@ impl Store {
             });
         }
         known.is_some_and(|known| known != incarnation)
+    }
+
+    /// The link sessions with a peer that this ledger has.
+    pub(crate) fn last_sessions(&self, peer: &NodeId) -> LastSessions {
+        let peer = self.state.peers.get(peer);
+        peer.map_or_else(LastSessions::default, |peer| peer.sessions)
+    }
+
+    /// A link session begins.
+    pub(crate) fn begin_session(&mut self, peer: &NodeId, session: u64) {
+        if self.last_sessions(peer).begun != Some(session) {
+            self.record(Record::SessionBegun {
+                peer: peer.clone(),
+                session,
+            });
+        }
+    }
+
+    /// The peer's ledger has a session that began here.
+    pub(crate) fn agree_session(&mut self, peer: &NodeId, session: u64) {
+        if self.last_sessions(peer).begun == Some(session) {
+            self.record(Record::SessionAgreed {
+                peer: peer.clone(),
+                session,
+            });
+        }
     }
 
     /// The destination has all bindings up to `through`.
