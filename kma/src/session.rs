@@ -246,6 +246,7 @@ impl Session {
         let bindings_next = peer.map_or(0, |p| p.bindings_sent);
         let first = peer.and_then(|p| p.outbox.first_key_value());
         let bindings_known = first.map_or(bindings_next, |(&first, _)| first);
+        let (cessions_known, cessions_next) = cx.store.cessions_told(&self.peer);
         self.round = self.round.wrapping_add(1);
         let mut chunks: Vec<Vec<Mark>> = marks.chunks(MAX_ITEMS).map(<[Mark]>::to_vec).collect();
         if chunks.is_empty() {
@@ -260,6 +261,8 @@ impl Session {
                 parts,
                 bindings_known,
                 bindings_next,
+                cessions_known,
+                cessions_next,
                 marks,
             });
             cx.send(&self.peer, &message);
@@ -341,14 +344,17 @@ impl Session {
     fn are_behind(&self, cx: &Cx<'_>, marks: &Marks) -> bool {
         let received = cx.store.state().peers.get(&self.peer);
         let received = received.map_or(0, |p| p.bindings_received);
+        let acquired = cx.store.cessions_received(&self.peer);
         let behind = |mark: &Mark| match cx.store.segment(&mark.stream, mark.segment) {
-            Some(segment) => {
-                segment.key_type == KeyType::Decrypting && segment.is_used_beyond(mark.mark_bytes)
-            }
+            // It has forgotten that it ceded the segment.
+            Some(segment) if segment.key_type == KeyType::Encrypting => true,
+            Some(segment) => segment.is_used_beyond(mark.mark_bytes),
             None => true,
         };
         received > marks.bindings_next
             || received < marks.bindings_known
+            || acquired > marks.cessions_next
+            || acquired < marks.cessions_known
             || marks
                 .marks
                 .iter()

@@ -87,6 +87,12 @@ pub(crate) struct Peer {
     pub(crate) bindings_received: u64,
     /// Those of its bindings that are not done with, in the order they came.
     pub(crate) undelivered: BTreeMap<u64, KsaKeyId>,
+    /// Segments ceded to it, by sequence, that it has not acknowledged.
+    pub(crate) ceded: BTreeMap<u64, (StreamId, SegmentNumber)>,
+    /// Segments ceded to it so far.
+    pub(crate) cessions_sent: u64,
+    /// Segments acquired from it so far.
+    pub(crate) cessions_received: u64,
 }
 
 /// The last two link sessions with a KMA.
@@ -280,6 +286,34 @@ impl State {
                 let sessions = &mut self.peers.get_mut(peer)?.sessions;
                 sessions.agreed = sessions.begun.take_if(|begun| begun == session);
                 sessions.agreed.map(|_| ())
+            }
+            Record::Ceded {
+                to,
+                sequence,
+                stream,
+                segment,
+            } => {
+                self.streams.get_mut(stream)?.cede(*segment)?;
+                let peer = self.peers.entry(to.clone()).or_default();
+                peer.cessions_sent = sequence.checked_add(1)?;
+                peer.ceded.insert(*sequence, (stream.clone(), *segment));
+                Some(())
+            }
+            Record::Acquired {
+                from,
+                sequence,
+                stream,
+                segment,
+            } => {
+                self.streams.get_mut(stream)?.acquire(*segment)?;
+                let peer = self.peers.entry(from.clone()).or_default();
+                peer.cessions_received = sequence.checked_add(1)?;
+                Some(())
+            }
+            Record::CessionsAcknowledged { to, through } => {
+                let peer = self.peers.get_mut(to)?;
+                peer.ceded = peer.ceded.split_off(&through.checked_add(1)?);
+                Some(())
             }
             Record::Closed { stream, segment } => self.end(stream, *segment, BurnReason::Closed),
         }

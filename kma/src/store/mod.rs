@@ -8,6 +8,7 @@
 
 #[doc(hidden)]
 mod bench;
+mod cede;
 mod compact;
 mod follow;
 mod ledger;
