@@ -1,11 +1,12 @@
 //! Cessions that are lost, come twice or late, or that nobody may make.
 
-use qkd_keyfile::{SegmentNumber, StreamId, metadata::KeyType};
+use qkd_keyfile::{KeySpan, SegmentNumber, StreamId, metadata::KeyType};
 
 use crate::{
     Alarm,
     common::{Network, chain, check_ledgers, node},
     hostile::{end_to_end, link, run_without, say, state, take},
+    record::Purpose,
     wire::Message,
 };
 
@@ -194,4 +195,27 @@ fn a_suspected_segment_that_changes_its_owner_is_burned_by_the_new_one() {
     }
     net.check_books();
     check_ledgers(&net, &["alice", "bob"]);
+}
+
+#[test]
+fn what_the_other_end_used_it_has_acquired_whatever_became_of_its_acknowledgement() {
+    let mut net = rich();
+    let want = ask(&mut net);
+    say(&mut net, "alice", "bob", &want);
+    let Message::Cessions { segments, .. } = cessions(&mut net) else {
+        panic!("no cessions");
+    };
+    let bob = net.nodes.get_mut(&node("bob")).unwrap();
+    let store = bob.kma.as_mut().unwrap().store_mut();
+    let next = segments.len() as u64;
+    assert_eq!(store.cessions_told(&node("alice")), (0, next));
+    let (stream, segment) = segments[2].clone();
+    let span = KeySpan {
+        segment,
+        offset_bytes: 32,
+        len_bytes: 16,
+    };
+    store.follow(&stream, &[span], Purpose::Pad).unwrap();
+    // A copy of alice's store from before would be told of three, and know of none.
+    assert_eq!(store.cessions_told(&node("alice")), (3, next));
 }

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use qkd_kernels::TagKey;
 use qkd_keyfile::{KeySpan, Mono, NodeId, SegmentNumber, StreamId, metadata::KeyType};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     RESEND_AFTER,
@@ -18,12 +19,36 @@ use crate::{
     io::{Alarm, Cx},
     ranges::RangeSet,
     record::BurnReason,
-    state::LastSessions,
     wire::{MAX_ITEMS, Mark, Marks, Message, VERSION},
 };
 
 /// Parts of one round of marks, at most.
 const PARTS_MAX: u32 = 1 << 12;
+
+/// The last two link sessions with a KMA.
+///
+/// The ledgers of both ends never differ by more than the later one of the two, because none begins
+/// before each end has heard what the other's ledger has, and none is used before both have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastSessions {
+    /// The last one that both ledgers have. Bits may have been used in it.
+    pub(crate) agreed: Option<u64>,
+    /// One after it that the other ledger may lack. Nothing was used in it.
+    pub(crate) begun: Option<u64>,
+}
+
+impl LastSessions {
+    /// Whether the ledger that has `theirs` can be at the other end of this one. (An end that has
+    /// agreed on none leaves that to the other: its store, or the other's, may have been replaced.)
+    pub(crate) fn meet(&self, theirs: &Self) -> bool {
+        let known = |session: Option<u64>| session.is_some() && theirs.has(session);
+        self.agreed.is_none() || known(self.agreed) || known(self.begun)
+    }
+
+    fn has(&self, session: Option<u64>) -> bool {
+        self.agreed == session || self.begun == session
+    }
+}
 
 /// Who this process is.
 #[derive(Debug, Clone, Copy)]

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     io::QuarantineReason,
     record::{Binding, RelayedWay},
-    state::LastSessions,
+    session::LastSessions,
 };
 
 /// Version of the messages.

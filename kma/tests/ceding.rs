@@ -228,7 +228,7 @@ fn storm(seed: u64) -> u64 {
 #[test]
 fn however_messages_fall_and_ends_die_a_segment_never_has_two_owners_and_is_not_lost() {
     // `QKD_SEEDS=300` and `--release` for the run at full size.
-    let seeds = std::env::var("QKD_SEEDS").map_or(8, |n| n.parse().unwrap());
+    let seeds = std::env::var("QKD_SEEDS").map_or(4, |n| n.parse().unwrap());
     let ceded: u64 = (0..seeds).map(storm).sum();
     assert!(ceded > 20 * seeds, "only {ceded} cessions in {seeds} runs");
 }
@@ -268,6 +268,30 @@ fn a_store_put_back_to_before_a_cession_is_found_at_either_end_although_nothing_
             let refused = net.supply(here, there, 1, 256);
             assert_eq!(refused.unwrap_err(), SupplyError::Unreachable);
         }
+    }
+}
+
+#[test]
+fn with_a_store_that_was_replaced_cessions_begin_anew() {
+    let mut net = two();
+    net.crash(&node("alice"));
+    net.nodes.get_mut(&node("alice")).unwrap().volatile = true;
+    net.nodes.get_mut(&node("alice")).unwrap().disk = qkd_kma::vault::sim::SimDisk::new(71);
+    net.start(&node("alice"));
+    for life in 1..4 {
+        net.nodes.values_mut().for_each(|node| node.alarms.clear());
+        deliver(&mut net, life * 100, 32);
+        net.run(20);
+        let before = accounts(&net, "bob").ceded_segments;
+        cede_to_alice(&mut net);
+        let ceded = accounts(&net, "bob").ceded_segments - before;
+        assert!(ceded > 4, "{ceded} in life {life}");
+        assert!(serve(&mut net, "alice", "bob", 17 * 16) > 0, "life {life}");
+        assert!(net.nodes.values().all(|node| node.alarms.is_empty()));
+        net.check_books();
+        net.crash(&node("alice"));
+        net.start(&node("alice"));
+        net.run(20);
     }
 }
 

@@ -34,7 +34,8 @@ use qkd_secmem::Pool;
 use crate::{
     fail_point::fail_point,
     record::{DiscardReason, Record, RelayedWay, Stage, StoredSegment},
-    state::{LastSessions, State},
+    session::LastSessions,
+    state::State,
     stream::{Accounts, Segment, Stream},
     vault::{RowId, Vault, VaultError},
 };
