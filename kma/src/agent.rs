@@ -6,7 +6,9 @@ use qkd_kernels::Backend;
 use qkd_keyfile::{AppId, Entropy, LinkId, ModulePairId, Mono, NodeId, Now, StreamId};
 
 use crate::{
-    RESEND_AFTER, TICK, confirm,
+    RESEND_AFTER, TICK,
+    cede::{self, Ceding},
+    confirm,
     io::{Cx, Input, KmaConfig, Output},
     relay::{Completion, Relay, stream_of},
     session::{Boot, Greeting, Session},
@@ -31,6 +33,7 @@ pub struct Kma {
     sessions: BTreeMap<NodeId, Session>,
     relay: Relay,
     supply: Supply,
+    ceding: Ceding,
     /// When the last input came.
     now: Now,
     /// What waits to become durable has waited long enough.
@@ -110,6 +113,7 @@ impl Kma {
             sessions: BTreeMap::new(),
             relay: Relay::new(&config, incarnation),
             supply: Supply::default(),
+            ceding: Ceding::default(),
             boot: Boot { incarnation, boot },
             core: Core {
                 store,
@@ -346,6 +350,11 @@ impl Kma {
         &self.core.store
     }
 
+    #[cfg(test)]
+    pub(crate) fn store_mut(&mut self) -> &mut Store {
+        &mut self.core.store
+    }
+
     fn tick(&mut self, now: Now, entropy: &mut dyn Entropy) {
         self.ticked = Some(now.mono);
         self.settle = true;
@@ -359,6 +368,12 @@ impl Kma {
         self.relay
             .poll(&mut cx, &self.config, &mut self.sessions, entropy);
         self.supply.poll(&mut cx, &self.sessions);
+        for (peer, link) in &self.config.neighbours {
+            if let Some(session) = self.sessions.get(peer) {
+                let need = self.relay.pad_need(peer);
+                self.ceding.poll(&mut cx, (peer, link), session, need);
+            }
+        }
         if now.mono.since(self.said_pending) >= RESEND_AFTER {
             self.said_pending = now.mono;
             confirm::say_pending(&mut cx, &self.sessions);
@@ -383,9 +398,11 @@ impl Kma {
             version,
             incarnation,
             boot,
+            sessions,
         } = message
         {
-            let greeting = session.greeted(cx, self.boot, version, incarnation, boot);
+            let process = (incarnation, boot);
+            let greeting = session.greeted(cx, self.boot, version, process, &sessions);
             return self.greeted(now, peer, greeting);
         }
         if !session.is_up() {
@@ -394,7 +411,7 @@ impl Kma {
         match message {
             Message::Hello { .. } => {}
             Message::Marks(marks) => session.marks(cx, &marks),
-            Message::MarksTaken { session: id } => session.marks_taken(id),
+            Message::MarksTaken { session: id } => session.marks_taken(cx, id),
             Message::RolledBack { session: id } => session.rolled_back(cx, id),
             Message::HopTaken {
                 session: id,
@@ -465,6 +482,18 @@ impl Kma {
             Message::BindingsTaken { next } => self.supply.bindings_taken(cx, peer, next),
             Message::AskBinding { key_ids } => self.supply.asked(cx, peer, key_ids),
             Message::AskedBindings { key_ids } => self.supply.told(cx, peer, &key_ids),
+            Message::Want { acquired, bytes } => {
+                if let Some(link) = self.config.neighbours.get(peer) {
+                    let (need, wanted) = (self.relay.pad_need(peer), (acquired, bytes));
+                    self.ceding.wanted(cx, (peer, link), session, need, wanted);
+                }
+            }
+            Message::Cessions { first, segments } => {
+                if session.accepting_id().is_some() {
+                    cede::cessions(cx, peer, first, segments);
+                }
+            }
+            Message::CessionsTaken { next } => cede::taken(cx, peer, next),
         }
     }
 

@@ -5,8 +5,8 @@
 //! known from its records, so every pair of the two can be asked for.
 
 /// What a batch may hold.
-pub const OPERATIONS: [&str; 9] = [
-    "propose", "store", "confirm", "lease", "use", "burn", "supply", "deliver", "delete",
+pub const OPERATIONS: [&str; 10] = [
+    "propose", "store", "confirm", "lease", "use", "burn", "supply", "deliver", "delete", "cede",
 ];
 
 /// How far a batch may be.
@@ -76,6 +76,7 @@ mod armed {
             },
             Record::Bound { .. } | Record::BindingReceived { .. } => "supply",
             Record::Delivered { .. } => "deliver",
+            Record::Ceded { .. } | Record::Acquired { .. } => "cede",
             Record::Closed { .. } | Record::Preserved { .. } | Record::Deleted { .. } => "delete",
             _ => return None,
         })

@@ -35,30 +35,30 @@ fn three() -> Network {
     net
 }
 
-fn link(a: &str, b: &str) -> StreamId {
+pub(crate) fn link(a: &str, b: &str) -> StreamId {
     StreamId::Link(LinkId::between(&node(a), &node(b)).unwrap())
 }
 
-fn end_to_end(source: &str, destination: &str) -> StreamId {
+pub(crate) fn end_to_end(source: &str, destination: &str) -> StreamId {
     StreamId::EndToEnd {
         source: node(source),
         destination: node(destination),
     }
 }
 
-fn say(net: &mut Network, from: &str, to: &str, message: &Message) {
+pub(crate) fn say(net: &mut Network, from: &str, to: &str, message: &Message) {
     let (peer, bytes) = (node(from), message.encode());
     net.input(&node(to), Input::Message { peer, bytes });
 }
 
 /// What a node's durable state is, in short.
-fn state(net: &Network, at: &str) -> [u8; 32] {
+pub(crate) fn state(net: &Network, at: &str) -> [u8; 32] {
     let bytes = postcard::to_allocvec(net.kma(at).store().state()).unwrap();
     Sha256::digest(bytes).into()
 }
 
 /// Lets time pass, losing every message that `lost` names.
-fn run_without(net: &mut Network, ticks: usize, lost: impl Fn(&Message) -> bool) {
+pub(crate) fn run_without(net: &mut Network, ticks: usize, lost: impl Fn(&Message) -> bool) {
     for _ in 0..ticks {
         while let Some((peer, to, bytes)) = net.wires.pop_front() {
             if !Message::decode(&bytes).is_some_and(|message| lost(&message)) {
@@ -70,7 +70,7 @@ fn run_without(net: &mut Network, ticks: usize, lost: impl Fn(&Message) -> bool)
 }
 
 /// The first message on the wires that fits, taken off them.
-fn take<T>(net: &mut Network, fits: impl Fn(&str, &str, Message) -> Option<T>) -> T {
+pub(crate) fn take<T>(net: &mut Network, fits: impl Fn(&str, &str, Message) -> Option<T>) -> T {
     for _ in 0..5000 {
         match net.wires.pop_front() {
             Some((peer, to, bytes)) => {
@@ -593,6 +593,19 @@ fn marks_of_anothers_stream_or_beyond_all_bounds_move_nothing() {
         Message::Marks(marks) if (from, to) == ("relay", "bob") => Some(marks.session),
         _ => None,
     });
+    // That marks come shows that the relay's ledger has the session.
+    let none = Message::Marks(Marks {
+        session,
+        round: 8,
+        part: 0,
+        parts: 2,
+        bindings_known: 0,
+        bindings_next: u64::MAX,
+        cessions_known: 0,
+        cessions_next: u64::MAX,
+        marks: Vec::new(),
+    });
+    say(&mut net, "relay", "bob", &none);
     let before = state(&net, "bob");
     let said = |part, parts, stream: StreamId| {
         Message::Marks(Marks {
@@ -602,6 +615,8 @@ fn marks_of_anothers_stream_or_beyond_all_bounds_move_nothing() {
             parts,
             bindings_known: 0,
             bindings_next: u64::MAX,
+            cessions_known: 0,
+            cessions_next: u64::MAX,
             marks: vec![Mark {
                 stream,
                 segment: SegmentNumber(0),

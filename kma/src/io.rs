@@ -408,6 +408,24 @@ pub enum Alarm {
         /// The peer.
         peer: NodeId,
     },
+    /// The ledgers of both ends have link sessions with each other, and none of the last two in common:
+    /// one of the two stores was restored from a copy of before them, or cloned. To be mended as
+    /// [`Alarm::PeerRolledBack`], which holds here too.
+    SessionsApart {
+        /// The peer.
+        peer: NodeId,
+    },
+}
+
+impl Alarm {
+    /// The peer with which nothing goes on any more until the older one of the two stores is replaced.
+    #[must_use]
+    pub const fn quarantined_peer(&self) -> Option<&NodeId> {
+        match self {
+            Self::PeerRolledBack { peer } | Self::SessionsApart { peer } => Some(peer),
+            _ => None,
+        }
+    }
 }
 
 /// What the parts of the KMA work with while they handle one input.

@@ -18,6 +18,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod cede;
 mod confirm;
 mod digest;
 #[doc(hidden)]
@@ -41,6 +42,8 @@ mod wire;
 
 #[cfg(test)]
 extern crate self as qkd_kma;
+#[cfg(test)]
+mod cede_test;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]
 mod common;

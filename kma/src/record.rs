@@ -261,6 +261,54 @@ pub enum Record {
         /// anew.
         session: Option<u64>,
     },
+
+    // Link sessions.
+    /// A link session begins: no bit is used in it before [`Record::SessionAgreed`]. One that was not
+    /// agreed makes room for it.
+    SessionBegun {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The session.
+        session: u64,
+    },
+    /// The matching KMA's ledger has the session too.
+    SessionAgreed {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The session.
+        session: u64,
+    },
+
+    // Ownership.
+    /// This end gave a whole segment, of which it used nothing, to the other: it follows from now on.
+    Ceded {
+        /// The matching KMA, which must learn of it.
+        to: NodeId,
+        /// Counts the cessions to that KMA.
+        sequence: u64,
+        /// The stream.
+        stream: StreamId,
+        /// The segment.
+        segment: SegmentNumber,
+    },
+    /// The other end ceded a segment: this end owns it from now on.
+    Acquired {
+        /// The matching KMA.
+        from: NodeId,
+        /// Its sequence.
+        sequence: u64,
+        /// The stream.
+        stream: StreamId,
+        /// The segment.
+        segment: SegmentNumber,
+    },
+    /// The other end has acquired everything that was ceded to it up to this one.
+    CessionsAcknowledged {
+        /// The matching KMA.
+        to: NodeId,
+        /// The last sequence it has.
+        through: u64,
+    },
 }
 
 /// A row of sealed bytes that are no key.

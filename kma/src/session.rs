@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use qkd_kernels::TagKey;
 use qkd_keyfile::{KeySpan, Mono, NodeId, SegmentNumber, StreamId, metadata::KeyType};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     RESEND_AFTER,
@@ -24,6 +25,31 @@ use crate::{
 
 /// Parts of one round of marks, at most.
 const PARTS_MAX: u32 = 1 << 12;
+
+/// The last two link sessions with a KMA.
+///
+/// The ledgers of both ends never differ by more than the later one of the two, because none begins
+/// before each end has heard what the other's ledger has, and none is used before both have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LastSessions {
+    /// The last one that both ledgers have. Bits may have been used in it.
+    pub(crate) agreed: Option<u64>,
+    /// One after it that the other ledger may lack. Nothing was used in it.
+    pub(crate) begun: Option<u64>,
+}
+
+impl LastSessions {
+    /// Whether the ledger that has `theirs` can be at the other end of this one. (An end that has
+    /// agreed on none leaves that to the other: its store, or the other's, may have been replaced.)
+    pub(crate) fn meet(&self, theirs: &Self) -> bool {
+        let known = |session: Option<u64>| session.is_some() && theirs.has(session);
+        self.agreed.is_none() || known(self.agreed) || known(self.begun)
+    }
+
+    fn has(&self, session: Option<u64>) -> bool {
+        self.agreed == session || self.begun == session
+    }
+}
 
 /// Who this process is.
 #[derive(Debug, Clone, Copy)]
@@ -145,6 +171,7 @@ impl Session {
             version: VERSION,
             incarnation: me.incarnation,
             boot: me.boot,
+            sessions: cx.store.last_sessions(&self.peer),
         };
         cx.send(&self.peer, &hello);
     }
@@ -187,8 +214,8 @@ impl Session {
         cx: &mut Cx<'_>,
         me: Boot,
         version: u16,
-        incarnation: u64,
-        boot: [u8; 16],
+        (incarnation, boot): (u64, [u8; 16]),
+        theirs: &LastSessions,
     ) -> Greeting {
         if version != VERSION {
             tracing::warn!(peer = %self.peer, version, ours = VERSION, "peer speaks another version of Kx");
@@ -210,7 +237,7 @@ impl Session {
         self.parts_seen = (0, BTreeSet::new());
         self.sending = Sending::default();
         self.receiving = Receiving::default();
-        self.say_marks(cx, id);
+        self.begin(cx, id, theirs);
         if replaced {
             cx.alarm(Alarm::PeerStoreReplaced {
                 peer: self.peer.clone(),
@@ -221,6 +248,22 @@ impl Session {
         }
     }
 
+    /// Begins a session, if the two ledgers know each other from the last.
+    fn begin(&mut self, cx: &mut Cx<'_>, session: u64, theirs: &LastSessions) {
+        let ours = cx.store.last_sessions(&self.peer);
+        if !ours.meet(theirs) {
+            let peer = self.peer.clone();
+            self.quarantine(cx, Alarm::SessionsApart { peer });
+            return cx.send(&self.peer, &Message::RolledBack { session });
+        }
+        // The peer used what is only begun here: its word that this end had it was lost.
+        if let Some(agreed) = theirs.agreed {
+            cx.store.agree_session(&self.peer, agreed);
+        }
+        cx.store.begin_session(&self.peer, session);
+        self.say_marks(cx, session);
+    }
+
     /// Of every segment owned and not taken to the end: the mark, and the first byte of a binding
     /// that is on its way. Counted anew whenever they are said: keys may be bound meanwhile.
     fn say_marks(&mut self, cx: &mut Cx<'_>, session: u64) {
@@ -229,6 +272,7 @@ impl Session {
         let bindings_next = peer.map_or(0, |p| p.bindings_sent);
         let first = peer.and_then(|p| p.outbox.first_key_value());
         let bindings_known = first.map_or(bindings_next, |(&first, _)| first);
+        let (cessions_known, cessions_next) = cx.store.cessions_told(&self.peer);
         self.round = self.round.wrapping_add(1);
         let mut chunks: Vec<Vec<Mark>> = marks.chunks(MAX_ITEMS).map(<[Mark]>::to_vec).collect();
         if chunks.is_empty() {
@@ -243,6 +287,8 @@ impl Session {
                 parts,
                 bindings_known,
                 bindings_next,
+                cessions_known,
+                cessions_next,
                 marks,
             });
             cx.send(&self.peer, &message);
@@ -285,8 +331,11 @@ impl Session {
         let session = marks.session;
         if !self.marks_seen && !self.quarantined {
             if self.are_behind(cx, marks) {
-                self.quarantine(cx);
+                let peer = self.peer.clone();
+                self.quarantine(cx, Alarm::PeerRolledBack { peer });
             } else {
+                // Said after the session was recorded there.
+                cx.store.agree_session(&self.peer, session);
                 self.burn_dead(cx, marks);
             }
         }
@@ -321,14 +370,17 @@ impl Session {
     fn are_behind(&self, cx: &Cx<'_>, marks: &Marks) -> bool {
         let received = cx.store.state().peers.get(&self.peer);
         let received = received.map_or(0, |p| p.bindings_received);
+        let acquired = cx.store.cessions_received(&self.peer);
         let behind = |mark: &Mark| match cx.store.segment(&mark.stream, mark.segment) {
-            Some(segment) => {
-                segment.key_type == KeyType::Decrypting && segment.is_used_beyond(mark.mark_bytes)
-            }
+            // It has forgotten that it ceded the segment.
+            Some(segment) if segment.key_type == KeyType::Encrypting => true,
+            Some(segment) => segment.is_used_beyond(mark.mark_bytes),
             None => true,
         };
         received > marks.bindings_next
             || received < marks.bindings_known
+            || acquired > marks.cessions_next
+            || acquired < marks.cessions_known
             || marks
                 .marks
                 .iter()
@@ -339,26 +391,31 @@ impl Session {
         mark.stream.peer_of(me) == Some(&self.peer)
     }
 
-    fn quarantine(&mut self, cx: &mut Cx<'_>) {
+    fn quarantine(&mut self, cx: &mut Cx<'_>, alarm: Alarm) {
         if !self.quarantined {
             self.quarantined = true;
+            tracing::error!(
+                peer = %self.peer,
+                "one of the two stores went back in time: give the node that was restored or cloned \
+                 an empty store, and the other one voids what they shared"
+            );
             cx.store.quarantined(&self.peer);
-            cx.alarm(Alarm::PeerRolledBack {
-                peer: self.peer.clone(),
-            });
+            cx.alarm(alarm);
         }
     }
 
     /// The peer saw more used than our marks say.
     pub(crate) fn rolled_back(&mut self, cx: &mut Cx<'_>, session: u64) {
         if self.id == Some(session) {
-            self.quarantine(cx);
+            let peer = self.peer.clone();
+            self.quarantine(cx, Alarm::PeerRolledBack { peer });
         }
     }
 
     /// The peer took our marks: pad may be taken.
-    pub(crate) fn marks_taken(&mut self, session: u64) {
+    pub(crate) fn marks_taken(&mut self, cx: &mut Cx<'_>, session: u64) {
         if self.id == Some(session) && !self.quarantined {
+            cx.store.agree_session(&self.peer, session);
             self.marks_said = None;
             self.vouched = true;
         }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     record::{Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, Stage},
+    session::LastSessions,
     stream::{Segment, Stream},
     used::UsedIds,
     vault::{RowId, SealTag},
@@ -78,6 +79,7 @@ pub(crate) struct Numbering {
 pub(crate) struct Peer {
     /// Its store's incarnation, once it has told.
     pub(crate) incarnation: Option<u64>,
+    pub(crate) sessions: LastSessions,
     /// Bindings that it has not acknowledged, by sequence.
     pub(crate) outbox: BTreeMap<u64, Binding>,
     /// Bindings made for it so far.
@@ -86,6 +88,12 @@ pub(crate) struct Peer {
     pub(crate) bindings_received: u64,
     /// Those of its bindings that are not done with, in the order they came.
     pub(crate) undelivered: BTreeMap<u64, KsaKeyId>,
+    /// Segments ceded to it, by sequence, that it has not acknowledged.
+    pub(crate) ceded: BTreeMap<u64, (StreamId, SegmentNumber)>,
+    /// Segments ceded to it so far.
+    pub(crate) cessions_sent: u64,
+    /// Segments acquired from it so far.
+    pub(crate) cessions_received: u64,
 }
 
 /// A binding of another KMA's.
@@ -244,6 +252,44 @@ impl State {
             Record::Forgotten { source, key_id } => {
                 self.forgotten_bindings += 1;
                 self.done_with(source, *key_id)
+            }
+            Record::SessionBegun { peer, session } => {
+                let peer = self.peers.entry(peer.clone()).or_default();
+                peer.sessions.begun = Some(*session);
+                Some(())
+            }
+            Record::SessionAgreed { peer, session } => {
+                let sessions = &mut self.peers.get_mut(peer)?.sessions;
+                sessions.agreed = sessions.begun.take_if(|begun| begun == session);
+                sessions.agreed.map(|_| ())
+            }
+            Record::Ceded {
+                to,
+                sequence,
+                stream,
+                segment,
+            } => {
+                self.streams.get_mut(stream)?.cede(*segment)?;
+                let peer = self.peers.entry(to.clone()).or_default();
+                peer.cessions_sent = sequence.checked_add(1)?;
+                peer.ceded.insert(*sequence, (stream.clone(), *segment));
+                Some(())
+            }
+            Record::Acquired {
+                from,
+                sequence,
+                stream,
+                segment,
+            } => {
+                self.streams.get_mut(stream)?.acquire(*segment)?;
+                let peer = self.peers.entry(from.clone()).or_default();
+                peer.cessions_received = sequence.checked_add(1)?;
+                Some(())
+            }
+            Record::CessionsAcknowledged { to, through } => {
+                let peer = self.peers.get_mut(to)?;
+                peer.ceded = peer.ceded.split_off(&through.checked_add(1)?);
+                Some(())
             }
             Record::Closed { stream, segment } => self.end(stream, *segment, BurnReason::Closed),
         }

@@ -34,6 +34,8 @@ pub(crate) struct Stream {
     pub(crate) open_bytes: u64,
     /// Bytes left in `segments`.
     pub(crate) held_bytes: u64,
+    /// Bytes that this end took so far as their owner, for anything but to burn them.
+    pub(crate) used_bytes: u64,
     pub(crate) accounts: Accounts,
 }
 
@@ -108,6 +110,10 @@ pub struct Accounts {
     pub mismatched_segments: u64,
     /// Segments discarded for another reason.
     pub discarded_segments: u64,
+    /// Segments that this end gave to the other. Their bits stay in stock at both ends.
+    pub ceded_segments: u64,
+    /// Segments that the other end gave to this one.
+    pub acquired_segments: u64,
 }
 
 impl Segment {
@@ -151,6 +157,12 @@ impl Segment {
     /// Owner: whether any of it was taken. (The head counts as followed at both ends.)
     pub(crate) fn is_touched(&self) -> bool {
         u64::from(self.mark_bytes) > self.followed.end()
+    }
+
+    /// Whether nothing of it was ever taken or followed, at the end that owns it as at the other. (The
+    /// mark of the other end stays at the head.)
+    pub(crate) fn is_untouched(&self) -> bool {
+        self.followed.end() == u64::from(self.mark_bytes)
     }
 
     /// The other end: whether any byte at or above `mark_bytes` was used.
@@ -252,6 +264,9 @@ impl Stream {
             Some(())
         })??;
         self.account(u64::from(span.len_bytes), purpose);
+        if !matches!(purpose, Purpose::Burn(_)) {
+            self.used_bytes += u64::from(span.len_bytes);
+        }
         Some(())
     }
 
@@ -265,6 +280,32 @@ impl Stream {
         })??;
         self.account(u64::from(span.len_bytes), purpose);
         Some(())
+    }
+
+    /// The owner gives a segment that it never touched to the other end. `None` if it does not fit.
+    pub(crate) fn cede(&mut self, number: SegmentNumber) -> Option<()> {
+        self.pass(number, KeyType::Encrypting)?;
+        self.accounts.ceded_segments += 1;
+        Some(())
+    }
+
+    /// The other end gave a segment to this one. `None` if it does not fit.
+    pub(crate) fn acquire(&mut self, number: SegmentNumber) -> Option<()> {
+        self.pass(number, KeyType::Decrypting)?;
+        self.accounts.acquired_segments += 1;
+        Some(())
+    }
+
+    fn pass(&mut self, number: SegmentNumber, from: KeyType) -> Option<()> {
+        self.change(number, |segment| {
+            let fits = segment.key_type == from
+                && segment.stage == Stage::Confirmed
+                && segment.is_untouched();
+            if fits {
+                segment.key_type = from.opposite();
+            }
+            fits.then_some(())
+        })?
     }
 
     /// One binding more, or one fewer, needs the segment's bytes.

@@ -17,10 +17,11 @@ use serde::{Deserialize, Serialize};
 use crate::{
     io::QuarantineReason,
     record::{Binding, RelayedWay},
+    session::LastSessions,
 };
 
 /// Version of the messages.
-pub(crate) const VERSION: u16 = 3;
+pub(crate) const VERSION: u16 = 4;
 
 /// Longest message that is taken, in bytes.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -41,6 +42,8 @@ pub(crate) enum Message {
         incarnation: u64,
         /// The sender's process.
         boot: [u8; 16],
+        /// What the sender's ledger knows of sessions with the receiver.
+        sessions: LastSessions,
     },
     /// How far the sender has taken the bits that it owns, and how far its bindings are known. First
     /// in a new link session, per direction.
@@ -152,6 +155,18 @@ pub(crate) enum Message {
         module_pair: ModulePairId,
         generation: Generation,
     },
+
+    // Ownership.
+    /// The sender is short of bits of its own, by so many bytes, and has acquired all that was ceded to
+    /// it before `acquired`. Of no use once more was.
+    Want { acquired: u64, bytes: u64 },
+    /// Segments that the sender owned, in sequence, from `first` on: the receiver owns them.
+    Cessions {
+        first: u64,
+        segments: Vec<(StreamId, SegmentNumber)>,
+    },
+    /// All cessions before `next` are durable at the sender of this.
+    CessionsTaken { next: u64 },
 }
 
 /// A part of what the owner of bits tells when a link session begins.
@@ -168,6 +183,10 @@ pub(crate) struct Marks {
     pub(crate) bindings_known: u64,
     /// The sequence of the next binding.
     pub(crate) bindings_next: u64,
+    /// The receiver has acquired all segments that the sender ceded before this one.
+    pub(crate) cessions_known: u64,
+    /// The sequence of the next cession.
+    pub(crate) cessions_next: u64,
     /// All segments that the sender owns and has not taken to the end.
     pub(crate) marks: Vec<Mark>,
 }
@@ -418,6 +437,7 @@ impl Message {
                 }
                 bindings.len()
             }
+            Self::Cessions { segments, .. } => segments.len(),
             Self::AskBinding { key_ids } | Self::AskedBindings { key_ids } => key_ids.len(),
             Self::Hello { .. }
             | Self::MarksTaken { .. }
@@ -428,7 +448,9 @@ impl Message {
             | Self::Relay(_)
             | Self::HopTaken { .. }
             | Self::XorTaken { .. }
-            | Self::BindingsTaken { .. } => 0,
+            | Self::BindingsTaken { .. }
+            | Self::Want { .. }
+            | Self::CessionsTaken { .. } => 0,
         };
         longest <= MAX_ITEMS
     }

@@ -6,7 +6,7 @@ mod common;
 use std::{fs, path::Path, time::Duration};
 
 use common::{Network, chain, check_ledgers, feed, node, three, with_policy};
-use qkd_keyfile::{LinkId, SegmentNumber, StreamId, UnixTime};
+use qkd_keyfile::{KeyMetadata, LinkId, SegmentNumber, StreamId, UnixTime, metadata::KeyType};
 use qkd_kma::{
     BurnReason, Purpose, Record, RelayPolicy, RelayScheme, SupplyError,
     store::{KeyRef, Retention, Store, Trace, trace},
@@ -302,6 +302,62 @@ fn key_that_is_too_old_is_burned_by_its_owner_and_a_clock_that_jumps_expires_not
     net.run(20);
     let keys = net.supply("alice", "bob", 1, 256).unwrap();
     assert!(net.fetch("bob", "alice", &[keys[0].key_id]).is_ok());
+}
+
+#[test]
+fn a_segment_that_was_ceded_is_traced_at_both_ends_and_expired_by_its_new_owner() {
+    let dir = TempDir::new().unwrap();
+    let mut net = two_on_disk(dir.path());
+    for name in ["alice", "bob"] {
+        let state = net.nodes.get_mut(&node(name)).unwrap();
+        state.retention.expire_after = Some(Duration::from_secs(3600));
+        state.journal_limit_bytes = 4 << 10;
+        net.crash(&node(name));
+        net.start(&node(name));
+    }
+    net.run(20);
+    // More than she has: bob cedes, and nothing is used.
+    assert!(net.supply("alice", "bob", 500, 256).is_err());
+    net.run(60);
+    let stream = link("alice", "bob");
+    let records = |name: &str| {
+        let mut records = Vec::new();
+        let mut each = |bytes: &[u8]| records.push(postcard::from_bytes(bytes).unwrap());
+        let journal = JournalView::read(&dir.path().join(name).join("store")).unwrap();
+        journal.each_archived_record(&mut each).unwrap();
+        journal.each_record(&mut each);
+        records
+    };
+    let ceded = |record: &Record| match record {
+        Record::Ceded { segment, .. } => Some(*segment),
+        _ => None,
+    };
+    let segment = records("bob").iter().find_map(ceded).expect("bob ceded");
+    for (name, transition, key_type) in [
+        ("alice", "acquired", KeyType::Encrypting),
+        ("bob", "ceded", KeyType::Decrypting),
+    ] {
+        let story = traced(dir.path(), name, &format!("{stream}/{segment}"));
+        let mut transitions = story.events.iter().map(|event| event.transition);
+        assert!(transitions.any(|t| t == transition), "{name}: {story:?}");
+        let kma = story.metadata.iter().find_map(|metadata| match metadata {
+            KeyMetadata::Kma(kma) => kma.key_type,
+            _ => None,
+        });
+        assert_eq!(kma, Some(key_type), "{name}");
+    }
+    net.step = Duration::from_secs(400);
+    net.run(11);
+    net.step = Duration::from_millis(50);
+    net.run(40);
+    let expired = |record: &Record| {
+        let expired = Purpose::Burn(BurnReason::Expired);
+        matches!(record, Record::Taken { span, purpose, .. } if span.segment == segment && *purpose == expired)
+    };
+    assert!(records("alice").iter().any(expired));
+    assert!(!records("bob").iter().any(expired));
+    assert_eq!(net.link_stock("alice", "bob"), 0);
+    net.check_books();
 }
 
 #[test]

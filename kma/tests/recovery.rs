@@ -3,7 +3,7 @@
 mod common;
 
 use common::{CopyableDisk, Faults, Network, chain, check_ledgers, feed, node, three, two};
-use qkd_kma::{Alarm, Record, SupplyError};
+use qkd_kma::{Alarm, Input, Record, SupplyError};
 
 #[test]
 fn a_memory_store_starts_empty_and_its_peers_void_what_they_shared() {
@@ -109,6 +109,103 @@ fn a_destination_restored_from_a_copy_is_found_too() {
     assert!(net.fetch("bob", "alice", &ids).is_err());
     let alarm = Alarm::PeerRolledBack { peer: node("bob") };
     assert_eq!(net.nodes[&node("alice")].alarms, [alarm]);
+}
+
+#[test]
+fn a_copy_of_before_the_last_session_is_found_although_nothing_was_used_since() {
+    for (victim, other) in [("alice", "bob"), ("bob", "alice")] {
+        for restarted in [victim, other] {
+            let mut net = Network::new(chain(&["alice", "bob"], 0), 28);
+            let disk = CopyableDisk::default();
+            net.nodes.get_mut(&node(victim)).unwrap().copyable = Some(disk.clone());
+            net.start_all();
+            for id in 0..8 {
+                net.deliver_both("alice", "bob", id, 1024);
+            }
+            net.run(20);
+            let backup = disk.backup();
+            // A copy of the session that goes on lacks nothing, and is taken.
+            net.crash(&node(victim));
+            disk.restore(&backup);
+            net.start(&node(victim));
+            net.run(20);
+            assert!(net.nodes.values().all(|node| node.alarms.is_empty()));
+            let backup = disk.backup();
+            net.crash(&node(restarted));
+            net.start(&node(restarted));
+            net.run(20);
+            assert!(net.nodes.values().all(|node| node.alarms.is_empty()));
+            net.crash(&node(victim));
+            disk.restore(&backup);
+            net.start(&node(victim));
+            net.run(20);
+            for (here, there) in [(victim, other), (other, victim)] {
+                let alarm = Alarm::SessionsApart { peer: node(there) };
+                assert_eq!(net.nodes[&node(here)].alarms, [alarm], "{victim} {here}");
+                let refused = net.supply(here, there, 1, 256);
+                assert_eq!(refused.unwrap_err(), SupplyError::Unreachable);
+            }
+            // Nor is it believed later: it has not learnt the sessions that it lacks.
+            net.crash(&node(victim));
+            net.start(&node(victim));
+            net.run(20);
+            let alarm = Alarm::SessionsApart { peer: node(victim) };
+            assert_eq!(net.nodes[&node(other)].alarms, [alarm.clone(), alarm]);
+            // An empty store mends it.
+            net.crash(&node(victim));
+            net.nodes.get_mut(&node(victim)).unwrap().copyable = None;
+            net.start(&node(victim));
+            for id in 10..18 {
+                net.deliver_both("alice", "bob", id, 1024);
+            }
+            net.run(20);
+            assert!(net.supply(victim, other, 1, 256).is_ok());
+            assert!(net.supply(other, victim, 1, 256).is_ok());
+            net.check_books();
+        }
+    }
+}
+
+#[test]
+fn however_often_sessions_begin_and_end_unheard_no_end_takes_the_other_for_a_copy() {
+    let seeds = std::env::var("QKD_SEEDS").map_or(40, |n| n.parse().unwrap());
+    for seed in 0..seeds {
+        let mut net = two();
+        net.random = common::Random(9_000 + seed);
+        let names = ["alice", "bob"];
+        net.deliver_both("alice", "bob", 0, 1024);
+        for step in 0..400_u64 {
+            let victim = node(net.random.pick(&names));
+            match net.random.below(12) {
+                0 | 1 => {
+                    net.crash(&victim);
+                    net.start(&victim);
+                }
+                2 => {
+                    net.disconnect(&node("alice"), &node("bob"));
+                    net.connect(&node("alice"), &node("bob"));
+                }
+                3 => net.tick(),
+                4 => drop(net.wires.pop_front()),
+                5 if step % 50 == 0 => net.run(10),
+                _ => {
+                    if let Some((peer, to, bytes)) = net.wires.pop_front() {
+                        net.input(&to, Input::Message { peer, bytes });
+                    }
+                }
+            }
+        }
+        net.connect(&node("alice"), &node("bob"));
+        net.deliver_both("alice", "bob", 1, 1024);
+        net.deliver_both("alice", "bob", 2, 1024);
+        net.run(40);
+        for (from, to) in [("alice", "bob"), ("bob", "alice")] {
+            let alarms = &net.nodes[&node(from)].alarms;
+            assert!(alarms.is_empty(), "seed {seed}: {from}: {alarms:?}");
+            assert!(net.supply(from, to, 1, 256).is_ok(), "seed {seed}: {from}");
+        }
+        check_ledgers(&net, &names);
+    }
 }
 
 #[test]

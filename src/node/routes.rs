@@ -148,7 +148,7 @@ impl Routes {
 
     /// An alarm that takes a link out of service until a person has looked at it.
     fn alarm(&mut self, alarm: &Alarm) {
-        if let Alarm::PeerRolledBack { peer } = alarm
+        if let Some(peer) = alarm.quarantined_peer()
             && self.neighbours.contains(peer)
         {
             self.quarantined.insert(peer.clone());

@@ -10,7 +10,7 @@ use super::Input;
 
 /// The next message of an input. `keys` are IDs that somebody knows.
 pub(super) fn message(input: &mut Input<'_>, keys: &[KsaKeyId]) -> Vec<u8> {
-    let kind = input.byte() % 22;
+    let kind = input.byte() % 26;
     let mut message = Writer {
         input,
         keys,
@@ -29,17 +29,18 @@ struct Writer<'a, 'b> {
 impl Writer<'_, '_> {
     fn body(&mut self, kind: u8) {
         match kind {
-            // Hello: version, incarnation, boot.
+            // Hello: version, incarnation, boot, the last sessions agreed and begun.
             0 => {
-                self.varint(3);
+                self.varint(4);
                 self.long();
                 self.fixed();
+                (0..2).for_each(|_| self.perhaps(Self::long));
             }
-            // Marks: session, round, part, parts, bindings known and next, marks.
+            // Marks: session, round, part, parts, bindings and cessions known and next, marks.
             1 => {
                 self.long();
                 (0..3).for_each(|_| self.int());
-                (0..2).for_each(|_| self.long());
+                (0..4).for_each(|_| self.long());
                 self.list(|w| {
                     w.stream();
                     w.long();
@@ -47,8 +48,8 @@ impl Writer<'_, '_> {
                     w.int();
                 });
             }
-            // MarksTaken, RolledBack, BindingsTaken: one number.
-            2 | 3 | 17 => self.long(),
+            // MarksTaken, RolledBack, BindingsTaken, CessionsTaken: one number.
+            2 | 3 | 17 | 25 => self.long(),
             // Announce: module pair, generation, the last anew, held, dropped, complete, stopped.
             4 => {
                 self.pair();
@@ -111,8 +112,8 @@ impl Writer<'_, '_> {
                 self.long();
             }
             12 => self.relay(),
-            // HopTaken: session, sequence.
-            13 => (0..2).for_each(|_| self.long()),
+            // HopTaken: session, sequence. Want: segments acquired, bytes.
+            13 | 23 => (0..2).for_each(|_| self.long()),
             // RelayFailed: route, segment.
             14 => {
                 self.list(Self::node);
@@ -135,11 +136,31 @@ impl Writer<'_, '_> {
                 self.varint(ciphertext.len() as u64);
                 self.out.extend_from_slice(ciphertext);
             }
+            // Renumbered: module pair, generation.
+            22 => {
+                self.pair();
+                self.small();
+            }
+            // Cessions: the first's number, streams and segments.
+            24 => {
+                self.long();
+                self.list(|w| {
+                    w.stream();
+                    w.long();
+                });
+            }
             // XorTaken: relay, place.
             _ => {
                 self.fixed();
                 self.small();
             }
+        }
+    }
+
+    /// Something that may not be there.
+    fn perhaps(&mut self, item: impl FnOnce(&mut Self)) {
+        if self.small_below(2) == 1 {
+            item(self);
         }
     }
 

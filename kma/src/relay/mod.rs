@@ -31,7 +31,7 @@ use crate::{
     hop::{self, Arrived, HopError},
     io::{Alarm, Cx, KmaConfig, SupplyOrder},
     session::Session,
-    stock::{StockStatus, Stocks},
+    stock::{PadNeed, StockStatus, Stocks},
     store::{NewSegment, Store},
     supply::Asked,
     wire::{HopRef, Message, RelayHeader, ReservedFor, XorPart},
@@ -99,6 +99,10 @@ impl Relay {
         self.stocks.tick(cx.now.mono);
         self.source.give_up(cx);
         for next in config.neighbours.keys() {
+            let pad = LinkId::between(cx.me, next).map(StreamId::Link);
+            let pad = pad.and_then(|pad| cx.store.stream(&pad));
+            let used_bytes = pad.map_or(0, |pad| pad.used_bytes);
+            self.stocks.used(cx.now.mono, next, used_bytes);
             self.share_out(cx, config, sessions, next);
         }
         let stocks = &mut self.stocks;
@@ -169,6 +173,11 @@ impl Relay {
             Asked::NotEnough => self.stocks.refused(now, &order.destination, bytes),
             Asked::InVain => {}
         }
+    }
+
+    /// What this end needs of the bits of the link with a neighbour.
+    pub(crate) fn pad_need(&self, next: &NodeId) -> PadNeed {
+        self.stocks.pad_need(next, hop::METADATA_ALLOWANCE_BYTES)
     }
 
     /// What an operator sees of the end-to-end stocks.

@@ -95,6 +95,30 @@ pub struct StockStatus {
     pub limits: StockLimits,
 }
 
+/// What one end needs of the bits of a link.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct PadNeed {
+    /// For what waits now, in bytes.
+    now_bytes: u64,
+    /// For the next 20 s or so, as it was used and asked for lately, in bytes.
+    later_bytes: u64,
+}
+
+impl PadNeed {
+    /// Below this an end is short, and asks the other to cede.
+    pub(crate) const fn low_bytes(self, floor_bytes: u64) -> u64 {
+        let need = self.now_bytes.saturating_add(self.later_bytes / 2);
+        floor_bytes.saturating_add(need)
+    }
+
+    /// Up to this an end asks, and above it the other cedes: far enough from where either is short that
+    /// no segment goes to and fro.
+    pub(crate) const fn level_bytes(self, floor_bytes: u64) -> u64 {
+        let need = self.now_bytes.saturating_add(self.later_bytes);
+        floor_bytes.saturating_add(need)
+    }
+}
+
 /// All stocks of a node, and the shares in its links.
 #[derive(Debug)]
 pub(crate) struct Stocks {
@@ -132,6 +156,11 @@ struct Link {
     neighbour: Stock,
     /// Pad that is left in stock for them.
     kept_bytes: u64,
+    /// All that this end uses of the link's bits, and how much it had used when that was last told.
+    used: Demand,
+    used_bytes: Option<u64>,
+    /// What units that wait would take.
+    waiting_bytes: u64,
     shares: Shares<Flow>,
     /// What each flow may send now; it is charged for it already.
     turns: BTreeMap<Flow, Turns>,
@@ -156,6 +185,9 @@ impl Stocks {
             let link = Link {
                 neighbour: Stock::new(limits),
                 kept_bytes: 0,
+                used: Demand::default(),
+                used_bytes: None,
+                waiting_bytes: 0,
                 shares: Shares::default(),
                 turns: BTreeMap::new(),
             };
@@ -207,6 +239,29 @@ impl Stocks {
         }
     }
 
+    /// This end has used so many bytes of a link so far.
+    pub(crate) fn used(&mut self, now: Mono, next: &NodeId, so_far_bytes: u64) {
+        if let Some(link) = self.links.get_mut(next) {
+            let before = link.used_bytes.replace(so_far_bytes);
+            let used = so_far_bytes.saturating_sub(before.unwrap_or(so_far_bytes));
+            link.used.supplied(now, used);
+        }
+    }
+
+    /// What this end needs of the bits of a link; `aside_bytes` for every unit that may wait.
+    pub(crate) fn pad_need(&self, next: &NodeId, aside_bytes: u64) -> PadNeed {
+        let Some(link) = self.links.get(next) else {
+            return PadNeed::default();
+        };
+        let waiting = link.waiting_bytes;
+        let aside_bytes = if waiting > 0 { aside_bytes } else { 0 };
+        let keys_bytes = link.neighbour.target_bytes();
+        PadNeed {
+            now_bytes: waiting.saturating_add(aside_bytes),
+            later_bytes: link.used.wanted_bytes().max(keys_bytes),
+        }
+    }
+
     /// Bytes that are to be in stock with a node, or on their way there.
     pub(crate) fn target_bytes(&self, destination: &NodeId) -> u64 {
         self.ends.get(destination).map_or(0, Stock::target_bytes)
@@ -218,6 +273,8 @@ impl Stocks {
         let Some(link) = self.links.get_mut(next) else {
             return;
         };
+        let waiting = wants.iter().map(|w| w.units.saturating_mul(w.unit_bytes));
+        link.waiting_bytes = waiting.fold(0, u64::saturating_add);
         for (flow, turns) in std::mem::take(&mut link.turns) {
             link.shares.give_back(&flow, turns.units * turns.unit_bytes);
         }

@@ -74,6 +74,12 @@ impl Store {
             }
             | Record::Described {
                 stream, segment, ..
+            }
+            | Record::Ceded {
+                stream, segment, ..
+            }
+            | Record::Acquired {
+                stream, segment, ..
             }) = &record
             else {
                 return;

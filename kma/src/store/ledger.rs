@@ -7,9 +7,9 @@ use crate::{
     vault::{Vault, VaultError},
 };
 
-/// Version of the records. A journal with a record that this version cannot read is not opened: to
-/// pass over a use of bits would be to use them again.
-pub(super) const SCHEMA: u32 = 2;
+/// Version of the records. A journal with a record that this version cannot read, or of an earlier
+/// version, is not opened: to pass over a use of bits would be to use them again.
+pub(super) const SCHEMA: u32 = 3;
 
 const RECORDS: &str = "journal's records";
 
@@ -35,8 +35,8 @@ pub(super) struct Folding {
     state: State,
     snapshot: Vec<u8>,
     incomplete: bool,
-    /// Version of the first record that is newer than this program.
-    newer: Option<u32>,
+    /// The first version that is not this program's.
+    other: Option<u32>,
     /// Records that are none.
     unreadable: u64,
 }
@@ -49,8 +49,8 @@ impl Folding {
             return None;
         };
         match &record {
-            Record::Schema { version } if *version > SCHEMA => {
-                self.newer.get_or_insert(*version);
+            Record::Schema { version } if *version != SCHEMA => {
+                self.other.get_or_insert(*version);
             }
             Record::Snapshot { more, part } => {
                 self.snapshot.extend(part);
@@ -68,11 +68,12 @@ impl Folding {
     }
 
     pub(super) fn finish(self) -> Result<State, VaultError> {
-        if let Some(found) = self.newer {
-            return Err(VaultError::NewerVersion {
-                file: RECORDS,
-                found,
-                known: SCHEMA,
+        if let Some(found) = self.other {
+            let (file, known) = (RECORDS, SCHEMA);
+            return Err(if found > known {
+                VaultError::NewerVersion { file, found, known }
+            } else {
+                VaultError::OlderVersion { file, found, known }
             });
         }
         // What this version wrote, it reads.
@@ -124,5 +125,25 @@ impl Store {
     #[must_use]
     pub fn inconsistencies(&self) -> u64 {
         self.state.inconsistencies
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journal_of_an_older_or_newer_version_is_refused_by_number() {
+        for version in [SCHEMA - 1, SCHEMA + 1] {
+            let mut folding = Folding::default();
+            folding.take(&encode(&Record::Schema { version }));
+            let refused = folding.finish().unwrap_err();
+            let text = refused.to_string();
+            assert!(text.contains(&format!("format {version}")), "{text}");
+            assert_eq!(
+                matches!(refused, VaultError::OlderVersion { .. }),
+                version < SCHEMA
+            );
+        }
     }
 }

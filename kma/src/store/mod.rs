@@ -8,6 +8,7 @@
 
 #[doc(hidden)]
 mod bench;
+mod cede;
 mod compact;
 mod follow;
 mod ledger;
@@ -33,6 +34,7 @@ use qkd_secmem::{KeyBuf, Pool};
 use crate::{
     fail_point::fail_point,
     record::{DiscardReason, Record, RelayedWay, Stage, StoredSegment},
+    session::LastSessions,
     state::State,
     stream::{Accounts, Count, Segment, Stream},
     vault::{RowId, Vault, VaultError},
@@ -355,6 +357,32 @@ impl Store {
             });
         }
         known.is_some_and(|known| known != incarnation)
+    }
+
+    /// The link sessions with a peer that this ledger has.
+    pub(crate) fn last_sessions(&self, peer: &NodeId) -> LastSessions {
+        let peer = self.state.peers.get(peer);
+        peer.map_or_else(LastSessions::default, |peer| peer.sessions)
+    }
+
+    /// A link session begins.
+    pub(crate) fn begin_session(&mut self, peer: &NodeId, session: u64) {
+        if self.last_sessions(peer).begun != Some(session) {
+            self.record(Record::SessionBegun {
+                peer: peer.clone(),
+                session,
+            });
+        }
+    }
+
+    /// The peer's ledger has a session that began here.
+    pub(crate) fn agree_session(&mut self, peer: &NodeId, session: u64) {
+        if self.last_sessions(peer).begun == Some(session) {
+            self.record(Record::SessionAgreed {
+                peer: peer.clone(),
+                session,
+            });
+        }
     }
 
     /// The destination has all bindings up to `through`.

@@ -51,6 +51,12 @@ enum Op {
         len: u32,
     },
     Deliver(usize),
+    Cede {
+        want: u64,
+        keep: u64,
+    },
+    Acquire(usize),
+    CessionsAcknowledged(u64),
     Close,
     Void,
     Commit,
@@ -77,7 +83,10 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (at.clone(), 0..90_u32).prop_map(|(at, mark)| Op::BurnBelow { at, mark }),
         3 => (at.clone(), offset, len)
             .prop_map(|(at, offset, len)| Op::Receive { at, offset, len }),
-        2 => at.prop_map(Op::Deliver),
+        2 => at.clone().prop_map(Op::Deliver),
+        3 => (0..200_u64, 0..100_u64).prop_map(|(want, keep)| Op::Cede { want, keep }),
+        3 => at.prop_map(Op::Acquire),
+        1 => (0..6_u64).prop_map(Op::CessionsAcknowledged),
         2 => Just(Op::Close),
         1 => Just(Op::Void),
         5 => Just(Op::Commit),
@@ -99,6 +108,10 @@ struct Model {
     /// Key ID to (sequence, segment, application).
     received: BTreeMap<KsaKeyId, u64>,
     received_count: u64,
+    /// Cessions that wait for an acknowledgement, and both counts.
+    ceded: BTreeMap<u64, u64>,
+    cessions_sent: u64,
+    cessions_received: u64,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -110,6 +123,10 @@ struct ModelSegment {
 }
 
 impl ModelSegment {
+    fn is_untouched(&self) -> bool {
+        self.free.len() + HEAD_BYTES as usize == self.key.len()
+    }
+
     /// Uses bytes that must be free.
     fn use_up(&mut self, span: KeySpan) {
         for at in span.offset_bytes..span.offset_bytes + span.len_bytes {
@@ -221,6 +238,15 @@ impl Rig {
                 self.store().compact_above_bytes = 0;
                 assert!(self.store().compact_if_large(0).unwrap());
                 self.durable = self.model.clone();
+            }
+            Op::Cede { want, keep } => self.cede(want, keep),
+            Op::Acquire(at) => self.acquire(at),
+            Op::CessionsAcknowledged(through) => {
+                let peer = self.peer.clone();
+                self.store().cessions_acknowledged(&peer, through);
+                if through < self.model.cessions_sent {
+                    self.model.ceded.retain(|&sequence, _| sequence > through);
+                }
             }
             Op::Crash { after } => self.crash(after),
         }
@@ -435,6 +461,41 @@ impl Rig {
         self.model.received.remove(&key_id);
     }
 
+    fn cede(&mut self, want: u64, keep: u64) {
+        let (stream, peer) = (self.stream.clone(), self.peer.clone());
+        let before = self.model.usable();
+        let plan = self.store().plan_cession(&stream, want, keep);
+        for number in &plan {
+            let segment = self.model.segments.get_mut(&number.0).unwrap();
+            assert!(segment.is_untouched() && segment.ours && segment.confirmed);
+            segment.ours = false;
+            self.model.ceded.insert(self.model.cessions_sent, number.0);
+            self.model.cessions_sent += 1;
+            self.store().cede(&peer, &stream, *number);
+        }
+        let after = self.model.usable();
+        assert!(plan.is_empty() || after >= keep, "{after} of {keep} kept");
+        let last = plan
+            .last()
+            .map_or(0, |n| self.model.segments[&n.0].free.len() as u64);
+        assert!(before - after < want + last.max(1), "more than asked for");
+    }
+
+    fn acquire(&mut self, at: usize) {
+        let Some(number) = self.model.nth(at) else {
+            return;
+        };
+        let (stream, peer) = (self.stream.clone(), self.peer.clone());
+        let done = self.store().acquire(&peer, &stream, SegmentNumber(number));
+        let segment = self.model.segments.get_mut(&number).unwrap();
+        let may = !segment.ours && segment.confirmed && segment.is_untouched();
+        assert_eq!(done.is_ok(), may);
+        if may {
+            segment.ours = true;
+            self.model.cessions_received += 1;
+        }
+    }
+
     /// Closes what the lists say is done with; the model finds it by looking at every segment.
     fn close(&mut self) {
         let stream = self.stream.clone();
@@ -521,6 +582,9 @@ impl Rig {
             && peer.map_or(0, |p| p.bindings_sent) == model.bound
             && peer.map_or(0, |p| p.outbox.len()) == model.outbox.len()
             && peer.map_or(0, |p| p.undelivered.len()) == model.received.len()
+            && peer.map_or(0, |p| p.cessions_sent) == model.cessions_sent
+            && peer.map_or(0, |p| p.cessions_received) == model.cessions_received
+            && peer.map_or(0, |p| p.ceded.len()) == model.ceded.len()
             && peer.and_then(|p| p.incarnation).unwrap_or(0) == model.incarnation
     }
 

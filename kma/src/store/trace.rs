@@ -10,7 +10,7 @@ use std::fmt;
 use qkd_keyfile::{
     AppId, Composition, KeyMetadata, KmaKeyId, KsaKeyId, NodeId, QkdKeyName, SegmentNumber,
     StreamId, UnixTime,
-    metadata::{KmaKeyMetadata, KsaKeyMetadata, QkdKeyMetadata},
+    metadata::{KeyType, KmaKeyMetadata, KsaKeyMetadata, QkdKeyMetadata},
 };
 
 use crate::{
@@ -436,6 +436,14 @@ impl<'a> Story<'a> {
                 qkd_keys, relayed, ..
             } => return self.describe(key, qkd_keys, relayed.as_deref()),
             Record::Confirmed { .. } => ("confirmed", "at both ends".to_owned()),
+            Record::Ceded { to, .. } => {
+                self.owned(key, KeyType::Decrypting);
+                ("ceded", format!("to {to}, which owns it"))
+            }
+            Record::Acquired { from, .. } => {
+                self.owned(key, KeyType::Encrypting);
+                ("acquired", format!("from {from}; owned here"))
+            }
             Record::Discarded { reason, .. } => ("discarded", format!("{reason:?}")),
             Record::Taken { span, purpose, .. } | Record::Followed { span, purpose, .. } => {
                 let what = match purpose {
@@ -481,6 +489,12 @@ impl<'a> Story<'a> {
                 ..KmaKeyMetadata::new(body.kma_key_id, peer.clone())
             };
             self.kma.entry(key.clone()).or_insert(metadata);
+        }
+    }
+
+    fn owned(&mut self, key: &KeyRef, key_type: KeyType) {
+        if let Some(metadata) = self.kma.get_mut(key) {
+            metadata.key_type = Some(key_type);
         }
     }
 
@@ -547,6 +561,12 @@ fn segment_of(record: &Record) -> Option<(&StreamId, SegmentNumber)> {
             stream, segment, ..
         }
         | Record::Suspected { stream, segment }
+        | Record::Ceded {
+            stream, segment, ..
+        }
+        | Record::Acquired {
+            stream, segment, ..
+        }
         | Record::Closed { stream, segment }
         | Record::Preserved { stream, segment } => Some((stream, *segment)),
         Record::Taken { stream, span, .. } | Record::Followed { stream, span, .. } => {

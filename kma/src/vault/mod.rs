@@ -242,6 +242,18 @@ pub enum VaultError {
         /// The newest version that is understood.
         known: u32,
     },
+    /// The file was written by an older version of this program, which nothing converts.
+    #[error(
+        "an older version of this program wrote the store's {file} (format {found}; this one reads {known}): begin with an empty store, and peers void what they shared"
+    )]
+    OlderVersion {
+        /// Which part of the store.
+        file: &'static str,
+        /// Its version.
+        found: u32,
+        /// The version that is understood.
+        known: u32,
+    },
     /// The store was made by the other backend (`memory` or `lmdb`).
     #[error("the directory holds a store of kind {found}, not {wanted}")]
     OtherKind {
@@ -351,6 +363,7 @@ impl VaultError {
             | Self::Io { .. }
             | Self::Header { .. }
             | Self::NewerVersion { .. }
+            | Self::OlderVersion { .. }
             | Self::OtherKind { .. }
             | Self::OtherStore { .. }
             | Self::Missing { .. }

@@ -439,7 +439,7 @@ impl World {
 
     fn check(&self) {
         let ledgers = self.ledgers();
-        check_records(ledgers.values().flatten().cloned());
+        check_records(ledgers.values().cloned());
         let mut dead_bytes = 0;
         for (name, records) in &ledgers {
             // What hardware was told is stored, is: it was acknowledged.
