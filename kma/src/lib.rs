@@ -24,6 +24,7 @@ mod digest;
 pub mod fail_point;
 mod hop;
 mod io;
+mod operator;
 mod policy;
 mod ranges;
 mod record;
@@ -57,9 +58,10 @@ pub use io::{
     Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, QuarantineReason,
     RemoteConfig, Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
+pub use operator::{OperatorAct, OperatorAnswer, OperatorOrder, Suspects};
 pub use policy::{HOPS_MAX, RandomSource, RelayPolicies, RelayPolicy, RelayScheme};
 pub use record::{
-    Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, SealedRow, Stage,
+    Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, SealedRow, Stage, StopReason,
     StoredSegment,
 };
 pub use stock::StockStatus;

@@ -16,11 +16,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     io::QuarantineReason,
-    record::{Binding, RelayedWay},
+    record::{Binding, RelayedWay, StopReason},
 };
 
 /// Version of the messages.
-pub(crate) const VERSION: u16 = 3;
+pub(crate) const VERSION: u16 = 4;
 
 /// Longest message that is taken, in bytes.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 1 << 20;
@@ -61,8 +61,6 @@ pub(crate) enum Message {
         dropped: Vec<(QkdKeyId, DropReason)>,
         /// The sender has announced all that it holds, on this connection.
         complete: bool,
-        /// The sender takes no more QKD-keys of the module pair.
-        stopped: bool,
     },
     /// The proposer's half of the comparison.
     Propose(Propose),
@@ -151,6 +149,13 @@ pub(crate) enum Message {
     Renumbered {
         module_pair: ModulePairId,
         generation: Generation,
+    },
+    /// Whether the sender has stopped a module pair (`here`), and whether it believes that the
+    /// receiver has (`there`); who is believed wrongly answers with the same.
+    Standing {
+        module_pair: ModulePairId,
+        here: Option<StopReason>,
+        there: Option<StopReason>,
     },
 }
 
@@ -423,6 +428,7 @@ impl Message {
             | Self::MarksTaken { .. }
             | Self::RolledBack { .. }
             | Self::Renumbered { .. }
+            | Self::Standing { .. }
             | Self::Commit { .. }
             | Self::Void { .. }
             | Self::Relay(_)

@@ -10,7 +10,7 @@ use super::Input;
 
 /// The next message of an input. `keys` are IDs that somebody knows.
 pub(super) fn message(input: &mut Input<'_>, keys: &[KsaKeyId]) -> Vec<u8> {
-    let kind = input.byte() % 22;
+    let kind = input.byte() % 25;
     let mut message = Writer {
         input,
         keys,
@@ -31,7 +31,7 @@ impl Writer<'_, '_> {
         match kind {
             // Hello: version, incarnation, boot.
             0 => {
-                self.varint(3);
+                self.varint(4);
                 self.long();
                 self.fixed();
             }
@@ -49,7 +49,7 @@ impl Writer<'_, '_> {
             }
             // MarksTaken, RolledBack, BindingsTaken: one number.
             2 | 3 | 17 => self.long(),
-            // Announce: module pair, generation, the last anew, held, dropped, complete, stopped.
+            // Announce: module pair, generation, the last anew, held, dropped, complete.
             4 => {
                 self.pair();
                 self.small();
@@ -62,7 +62,6 @@ impl Writer<'_, '_> {
                     w.qkd_key();
                     w.small_below(2);
                 });
-                self.small_below(2);
                 self.small_below(2);
             }
             // Propose: segment, composition, key type, key ID, unit length, tag.
@@ -100,8 +99,8 @@ impl Writer<'_, '_> {
                 self.way();
                 self.fixed();
             }
-            // Pending, Spent, SpentTaken: stream, segments.
-            8 | 10 | 11 => {
+            // Pending, Spent, SpentTaken, Suspected: stream, segments.
+            8 | 10 | 11 | 20 => {
                 self.stream();
                 self.list(Self::long);
             }
@@ -126,7 +125,7 @@ impl Writer<'_, '_> {
             // AskBinding, AskedBindings: key IDs.
             18 | 19 => self.list(Self::key_id),
             // Xor: relay, route, plan, place, ciphertext.
-            20 => {
+            21 => {
                 self.fixed();
                 self.list(Self::node);
                 self.plan();
@@ -136,9 +135,23 @@ impl Writer<'_, '_> {
                 self.out.extend_from_slice(ciphertext);
             }
             // XorTaken: relay, place.
-            _ => {
+            22 => {
                 self.fixed();
                 self.small();
+            }
+            // Renumbered: module pair, generation.
+            23 => {
+                self.pair();
+                self.small();
+            }
+            // Standing: module pair, why it is stopped at either end, if it is.
+            _ => {
+                self.pair();
+                for _ in 0..2 {
+                    if self.small_below(2) == 1 {
+                        self.small_below(2);
+                    }
+                }
             }
         }
     }

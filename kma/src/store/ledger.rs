@@ -9,7 +9,7 @@ use crate::{
 
 /// Version of the records. A journal with a record that this version cannot read is not opened: to
 /// pass over a use of bits would be to use them again.
-pub(super) const SCHEMA: u32 = 2;
+pub(super) const SCHEMA: u32 = 3;
 
 const RECORDS: &str = "journal's records";
 
