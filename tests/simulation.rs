@@ -636,14 +636,20 @@ fn seeds(default: u64) -> Vec<u64> {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
     match number("QKD_SEED") {
         Some(seed) => vec![seed],
-        None => (0..number("QKD_SEEDS").unwrap_or(default)).collect(),
+        // A run that was broken off goes on with the seed that it had come to.
+        None => (number("QKD_FROM").unwrap_or(0)..number("QKD_SEEDS").unwrap_or(default)).collect(),
     }
 }
 
 fn simulate_all(seeds: &[u64], time: Duration) {
     let mut all = Tally::default();
-    for &seed in seeds {
-        println!("QKD_SEED={seed}");
+    let began = std::time::Instant::now();
+    for (at, &seed) in seeds.iter().enumerate() {
+        let (done, seconds) = (at + 1, began.elapsed().as_secs());
+        println!(
+            "QKD_SEED={seed} ({done} of {}, {seconds} s so far)",
+            seeds.len()
+        );
         let tally = simulate(seed, time);
         println!("  {tally:?}");
         assert!(tally.delivered > 10, "seed {seed}: {tally:?}");

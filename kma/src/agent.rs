@@ -1,5 +1,7 @@
 //! The agent: every input goes to the part that it concerns.
 
+mod operate;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use qkd_kernels::Backend;
@@ -220,6 +222,7 @@ impl Kma {
             }
             Input::Route { destination, route } => self.relay.routed(&destination, route),
             Input::Random(bits) => self.relay.random(bits),
+            Input::Order(order) => self.operate(now, order),
             Input::Tick => self.tick(now, entropy),
         }
         self.core.store.relieve();
@@ -422,6 +425,7 @@ impl Kma {
             }
             Message::Announce { .. }
             | Message::Renumbered { .. }
+            | Message::Standing { .. }
             | Message::Propose(_)
             | Message::Answer { .. } => {
                 let trusted = !session.is_quarantined();
@@ -450,6 +454,7 @@ impl Kma {
             }
             Message::Suspected { stream, segments } => {
                 confirm::suspected(cx, peer, &stream, &segments);
+                session.forget_keys_of(&stream, &segments);
             }
             Message::SpentTaken { stream, segments } => {
                 confirm::spent_taken(cx, peer, &stream, &segments);
@@ -534,7 +539,6 @@ fn synchronise(cx: &mut Cx<'_>, link: &mut LinkSync, message: Message) {
             held,
             dropped,
             complete,
-            stopped,
         } => {
             let announcement = Announcement {
                 generation,
@@ -542,7 +546,6 @@ fn synchronise(cx: &mut Cx<'_>, link: &mut LinkSync, message: Message) {
                 held,
                 dropped,
                 complete,
-                stopped,
             };
             link.announced(cx, &module_pair, announcement);
             link.poll(cx);
@@ -551,6 +554,11 @@ fn synchronise(cx: &mut Cx<'_>, link: &mut LinkSync, message: Message) {
             module_pair,
             generation,
         } => link.renumbered_there(cx, &module_pair, generation),
+        Message::Standing {
+            module_pair,
+            here,
+            there,
+        } => link.standing_told(cx, &module_pair, (here, there)),
         Message::Propose(propose) => link.proposed(cx, propose),
         Message::Answer {
             segment,

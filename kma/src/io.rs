@@ -12,7 +12,14 @@ use qkd_keyfile::{
 use qkd_secmem::KeyBuf;
 use serde::{Deserialize, Serialize};
 
-use crate::{policy::RelayPolicies, store::Store, vault::VaultError, wire::Message};
+use crate::{
+    operator::{OperatorAnswer, OperatorOrder},
+    policy::RelayPolicies,
+    record::StopReason,
+    store::Store,
+    vault::VaultError,
+    wire::Message,
+};
 
 /// How a KMA is set up; constant while it runs.
 #[derive(Debug, Clone)]
@@ -151,6 +158,8 @@ pub enum Input {
     },
     /// Bits of the registered physical generator, tested, after [`Output::WantRandom`].
     Random(KeyBuf),
+    /// An operator orders something; answered by [`Output::Ordered`].
+    Order(OperatorOrder),
     /// Time has passed.
     Tick,
 }
@@ -209,6 +218,13 @@ pub enum Output {
         order: u64,
         /// The keys, or why there are none.
         result: Result<Vec<SuppliedKey>, SupplyError>,
+    },
+    /// The answer to [`Input::Order`].
+    Ordered {
+        /// The order's number.
+        order: u64,
+        /// What came of it.
+        answer: OperatorAnswer,
     },
     /// A route is needed: ask the controller and answer with [`Input::Route`].
     WantRoute {
@@ -356,14 +372,25 @@ pub enum Alarm {
         /// The QKD-keys.
         qkd_keys: Vec<QkdKeyId>,
     },
-    /// Too many QKD-keys of a module pair differed: it is stopped, here or at the other end, until
-    /// both nodes are started anew.
+    /// A module pair was stopped, here or at the other end: no key is made of it until an operator
+    /// starts it there.
     ModulePairStopped {
         /// The matching KMA.
         peer: NodeId,
         /// The module pair.
         module_pair: ModulePairId,
+        /// Why.
+        reason: StopReason,
         /// Whether the other end stopped it.
+        at_peer: bool,
+    },
+    /// A module pair that was stopped was started, here or at the other end.
+    ModulePairStarted {
+        /// The matching KMA.
+        peer: NodeId,
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// Whether the other end started it.
         at_peer: bool,
     },
     /// A QKD-key must not be used, and is quarantined at both ends.

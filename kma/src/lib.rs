@@ -25,6 +25,7 @@ mod digest;
 pub mod fail_point;
 mod hop;
 mod io;
+mod operator;
 mod policy;
 mod ranges;
 mod record;
@@ -60,9 +61,10 @@ pub use io::{
     Alarm, FormatTicket, FormattedSegment, Input, KmaConfig, LinkConfig, Output, QuarantineReason,
     RemoteConfig, Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
 };
+pub use operator::{OperatorAct, OperatorAnswer, OperatorOrder, Suspects};
 pub use policy::{HOPS_MAX, RandomSource, RelayPolicies, RelayPolicy, RelayScheme};
 pub use record::{
-    Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, SealedRow, Stage,
+    Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, SealedRow, Stage, StopReason,
     StoredSegment,
 };
 pub use stock::StockStatus;

@@ -309,6 +309,31 @@ pub enum Record {
         /// The last sequence it has.
         through: u64,
     },
+
+    // What an operator, or too many mismatches, did to module pairs.
+    /// This end takes no QKD-key of a module pair any more, until it is started; a restart of the
+    /// node does not do that.
+    ModulePairStopped {
+        /// The module pair.
+        module_pair: ModulePairId,
+        /// Why.
+        reason: StopReason,
+    },
+    /// An operator has started a module pair that was stopped here.
+    ModulePairStarted {
+        /// The module pair.
+        module_pair: ModulePairId,
+    },
+}
+
+/// Why a module pair was stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StopReason {
+    /// Too many of its QKD-keys differed.
+    Mismatches,
+    /// An operator stopped it.
+    Operator,
 }
 
 /// A row of sealed bytes that are no key.
@@ -456,6 +481,8 @@ pub enum DiscardReason {
     PeerStoreReplaced,
     /// The store has no room for it, or cannot write it.
     NotStored,
+    /// Others may know what it was made of, or carried under.
+    Suspected,
 }
 
 /// Bits that were given a key ID for applications.

@@ -434,6 +434,16 @@ impl Session {
         }
     }
 
+    /// Others may know segments: what was drawn from them for more than one hop is drawn anew.
+    pub(crate) fn forget_keys_of(&mut self, stream: &StreamId, segments: &[SegmentNumber]) {
+        let of_link = matches!(stream, StreamId::Link(_));
+        let known =
+            |spans: &[KeySpan]| of_link && spans.iter().any(|s| segments.contains(&s.segment));
+        let sending = &mut self.sending;
+        sending.hash_key.take_if(|key| known(&key.spans));
+        sending.batch.take_if(|batch| known(batch.spans()));
+    }
+
     /// Segments that hops in flight carry pad of.
     pub(crate) fn in_flight(&self) -> BTreeSet<SegmentNumber> {
         let hops = self.sending.unacknowledged.values();

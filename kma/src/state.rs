@@ -4,6 +4,8 @@
 //! is checked when it is read, and the store checks before it records); a record that does not fit
 //! is counted in [`State::inconsistencies`], which stays 0.
 
+mod fold;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use qkd_keyfile::{
@@ -13,7 +15,7 @@ use qkd_keyfile::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    record::{Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, Stage},
+    record::{Binding, BurnReason, DiscardReason, Purpose, Record, RelayedWay, Stage, StopReason},
     session::LastSessions,
     stream::{Segment, Stream},
     used::UsedIds,
@@ -49,6 +51,10 @@ pub(crate) struct State {
     pub(crate) forgotten_bindings: u64,
     /// Records that did not fit what came before them.
     pub(crate) inconsistencies: u64,
+    /// Module pairs that are stopped here, and why. A compaction writes the records again: in a
+    /// snapshot they would be one more thing that an older one lacks.
+    #[serde(skip)]
+    pub(crate) stopped: BTreeMap<ModulePairId, StopReason>,
     /// Rows of segments that ended, for the store to erase.
     #[serde(skip)]
     pub(crate) freed: Vec<RowId>,
@@ -109,189 +115,6 @@ impl State {
     pub(crate) fn apply(&mut self, record: &Record) {
         if self.fold(record).is_none() {
             self.inconsistencies += 1;
-        }
-    }
-
-    fn fold(&mut self, record: &Record) -> Option<()> {
-        match record {
-            Record::Boot { .. }
-            | Record::Received { .. }
-            | Record::Carried { .. }
-            | Record::Quarantined { .. }
-            | Record::History { .. } => Some(()),
-            Record::Schema { version } => {
-                self.schema = *version;
-                Some(())
-            }
-            Record::Time { unix, age_seconds } => {
-                self.unix = *unix;
-                self.age_seconds = self.age_seconds.max(*age_seconds);
-                Some(())
-            }
-            Record::Described {
-                stream,
-                segment,
-                relayed,
-                hashes,
-                ..
-            } => {
-                self.way(stream, *segment, relayed.as_deref());
-                match hashes {
-                    Some(hashes) => {
-                        self.next_row = self.next_row.max(hashes.row.0.checked_add(1)?);
-                        self.streams.get_mut(stream)?.describe(*segment, *hashes)
-                    }
-                    None => Some(()),
-                }
-            }
-            Record::Suspected { stream, segment } => self.suspected(stream, *segment),
-            Record::Preserved { stream, segment } => self.preserved(stream, *segment),
-            Record::Deleted { row } => {
-                self.preserved.remove(row)?;
-                self.freed.push(*row);
-                Some(())
-            }
-            Record::ApplicationNamed { application, name } => {
-                self.names.insert(application.clone(), name.clone());
-                Some(())
-            }
-            // The store puts the parts together before anything is folded.
-            Record::Snapshot { .. } => None,
-            Record::Emptied => self.emptied(),
-            Record::PeerStore { peer, incarnation } => self.peer_store(peer, *incarnation),
-            Record::QkdKeysUsed {
-                module_pair,
-                generation,
-                ids,
-            } => {
-                let numbering = self.numbering_mut(module_pair);
-                if numbering.generation == *generation {
-                    ids.iter().for_each(|id| numbering.used.insert(id));
-                }
-                Some(())
-            }
-            Record::Numbering {
-                module_pair,
-                generation,
-                anew,
-                session,
-            } => {
-                let numbering = self.numbering_mut(module_pair);
-                if *generation > numbering.generation {
-                    if *anew > numbering.generation {
-                        numbering.used = UsedIds::default();
-                    } else {
-                        numbering.used.go_on();
-                    }
-                }
-                let fits = *generation >= numbering.generation;
-                (numbering.generation, numbering.anew) = (*generation, *anew);
-                numbering.session = *session;
-                fits.then_some(())
-            }
-            Record::Proposed {
-                stream, segment, ..
-            } => {
-                let stream = self.stream_mut(stream);
-                stream.next_segment = stream.next_segment.max(segment.0.checked_add(1)?);
-                stream.proposed.insert(*segment);
-                Some(())
-            }
-            Record::Stored {
-                stream,
-                segment,
-                body,
-            } => {
-                self.next_row = self.next_row.max(body.row.0.checked_add(1)?);
-                let age = self.age_seconds;
-                let stream = self.stream_mut(stream);
-                stream.next_segment = stream.next_segment.max(segment.0.checked_add(1)?);
-                stream.store(*segment, body, age);
-                Some(())
-            }
-            Record::Confirmed { stream, segment } => {
-                if let Some(ways) = self.ways.get_mut(stream) {
-                    ways.remove(segment);
-                }
-                self.stream_mut(stream).confirmed(*segment)
-            }
-            Record::Discarded {
-                stream,
-                segment,
-                reason,
-            } => self.discarded(stream, *segment, *reason),
-            Record::Taken {
-                stream,
-                span,
-                purpose,
-            } => self.stream_mut(stream).taken(*span, *purpose),
-            Record::Followed {
-                stream,
-                span,
-                purpose,
-            } => self.stream_mut(stream).followed(*span, *purpose),
-            Record::Bound {
-                destination,
-                sequence,
-                binding,
-            } => self.bound(destination, *sequence, binding),
-            Record::BindingsAcknowledged {
-                destination,
-                through,
-            } => self.bindings_acknowledged(destination, *through),
-            Record::BindingReceived {
-                source,
-                sequence,
-                binding,
-            } => self.binding_received(source, *sequence, binding),
-            Record::Delivered {
-                source,
-                key_id,
-                application,
-            } => self.delivered(source, *key_id, application),
-            Record::Forgotten { source, key_id } => {
-                self.forgotten_bindings += 1;
-                self.done_with(source, *key_id)
-            }
-            Record::SessionBegun { peer, session } => {
-                let peer = self.peers.entry(peer.clone()).or_default();
-                peer.sessions.begun = Some(*session);
-                Some(())
-            }
-            Record::SessionAgreed { peer, session } => {
-                let sessions = &mut self.peers.get_mut(peer)?.sessions;
-                sessions.agreed = sessions.begun.take_if(|begun| begun == session);
-                sessions.agreed.map(|_| ())
-            }
-            Record::Ceded {
-                to,
-                sequence,
-                stream,
-                segment,
-            } => {
-                self.streams.get_mut(stream)?.cede(*segment)?;
-                let peer = self.peers.entry(to.clone()).or_default();
-                peer.cessions_sent = sequence.checked_add(1)?;
-                peer.ceded.insert(*sequence, (stream.clone(), *segment));
-                Some(())
-            }
-            Record::Acquired {
-                from,
-                sequence,
-                stream,
-                segment,
-            } => {
-                self.streams.get_mut(stream)?.acquire(*segment)?;
-                let peer = self.peers.entry(from.clone()).or_default();
-                peer.cessions_received = sequence.checked_add(1)?;
-                Some(())
-            }
-            Record::CessionsAcknowledged { to, through } => {
-                let peer = self.peers.get_mut(to)?;
-                peer.ceded = peer.ceded.split_off(&through.checked_add(1)?);
-                Some(())
-            }
-            Record::Closed { stream, segment } => self.end(stream, *segment, BurnReason::Closed),
         }
     }
 

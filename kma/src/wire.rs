@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     io::QuarantineReason,
-    record::{Binding, RelayedWay},
+    record::{Binding, RelayedWay, StopReason},
     session::LastSessions,
 };
 
@@ -64,8 +64,6 @@ pub(crate) enum Message {
         dropped: Vec<(QkdKeyId, DropReason)>,
         /// The sender has announced all that it holds, on this connection.
         complete: bool,
-        /// The sender takes no more QKD-keys of the module pair.
-        stopped: bool,
     },
     /// The proposer's half of the comparison.
     Propose(Propose),
@@ -167,6 +165,15 @@ pub(crate) enum Message {
     },
     /// All cessions before `next` are durable at the sender of this.
     CessionsTaken { next: u64 },
+
+    // What an operator orders.
+    /// Whether the sender has stopped a module pair (`here`), and whether it believes that the
+    /// receiver has (`there`); who is believed wrongly answers with the same.
+    Standing {
+        module_pair: ModulePairId,
+        here: Option<StopReason>,
+        there: Option<StopReason>,
+    },
 }
 
 /// A part of what the owner of bits tells when a link session begins.
@@ -443,6 +450,7 @@ impl Message {
             | Self::MarksTaken { .. }
             | Self::RolledBack { .. }
             | Self::Renumbered { .. }
+            | Self::Standing { .. }
             | Self::Commit { .. }
             | Self::Void { .. }
             | Self::Relay(_)

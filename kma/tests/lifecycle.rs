@@ -5,10 +5,11 @@ mod common;
 
 use std::{fs, path::Path, time::Duration};
 
-use common::{Network, chain, check_ledgers, feed, node, three, with_policy};
+use common::{Network, chain, check_ledgers, feed, hop_on_the_wire, node, three, with_policy};
 use qkd_keyfile::{KeyMetadata, LinkId, SegmentNumber, StreamId, UnixTime, metadata::KeyType};
 use qkd_kma::{
-    BurnReason, Purpose, Record, RelayPolicy, RelayScheme, SupplyError,
+    BurnReason, Input, OperatorAct, OperatorAnswer, Purpose, Record, RelayPolicy, RelayScheme,
+    Stage, SupplyError, Suspects,
     store::{KeyRef, Retention, Store, Trace, trace},
     vault::{JournalView, KekSource, LmdbOptions, StoreView, VaultError, open_lmdb},
 };
@@ -233,6 +234,87 @@ fn a_suspected_segment_is_void_at_both_ends_and_no_key_of_it_is_given_out() {
             assert!(net.nodes[&node(name)].alarms.is_empty());
         }
     }
+}
+
+#[test]
+fn what_is_on_its_way_when_it_is_suspected_never_comes_into_stock() {
+    let mut net = three(77);
+    feed(&mut net, 0, 6);
+    // A unit that has left alice, and is not with bob.
+    let hop = hop_on_the_wire(&mut net, "alice", "relay");
+    let units = StreamId::EndToEnd {
+        source: node("alice"),
+        destination: node("bob"),
+    };
+    let carried = net
+        .ledger("alice")
+        .into_iter()
+        .rev()
+        .find_map(|record| match record {
+            Record::Carried {
+                unit_stream,
+                unit,
+                pad,
+                stream,
+                ..
+            } if unit_stream == units => Some((unit, stream, pad[0].segment)),
+            _ => None,
+        });
+    let (unit, stream, pad) = carried.unwrap();
+    let suspects = Suspects {
+        segments: vec![(units.clone(), unit), (stream.clone(), pad)],
+        ..Suspects::default()
+    };
+    let answer = net.order("alice", OperatorAct::Suspect(suspects));
+    let void = vec![(stream.clone(), pad)];
+    assert_eq!(
+        answer,
+        OperatorAnswer::Suspected { segments: void },
+        "the unit was not in stock"
+    );
+    let (peer, bytes) = (node("alice"), hop);
+    net.input(&node("relay"), Input::Message { peer, bytes });
+    net.run(60);
+    feed(&mut net, 6, 6);
+    net.run(60);
+    assert!(net.stock("alice", "bob") > 0, "other units come");
+    for name in ["alice", "bob"] {
+        let live = net
+            .ledger(name)
+            .into_iter()
+            .fold(false, |live, record| match record {
+                Record::Confirmed { stream, segment } if (&stream, segment) == (&units, unit) => {
+                    true
+                }
+                Record::Stored {
+                    stream,
+                    segment,
+                    body,
+                } if (&stream, segment) == (&units, unit) && body.stage == Stage::Confirmed => true,
+                _ => live,
+            });
+        assert!(!live, "{name}: the unit was confirmed");
+    }
+    // What was drawn for more than one hop is drawn anew: no later hop rests on the suspected pad.
+    let ledger = net.ledger("alice");
+    let at = ledger
+        .iter()
+        .position(|record| matches!(record, Record::Suspected { segment, .. } if *segment == pad));
+    for record in &ledger[at.unwrap()..] {
+        if let Record::Carried {
+            stream: link,
+            pad: spans,
+            ..
+        } = record
+        {
+            assert!(
+                link != &stream || spans.iter().all(|span| span.segment != pad),
+                "{spans:?}"
+            );
+        }
+    }
+    net.check_books();
+    check_ledgers(&net, &NAMES);
 }
 
 #[test]

@@ -12,7 +12,10 @@ use std::{collections::BTreeMap, time::Duration};
 
 use common::{Network, chain, node, qkd_key};
 use qkd_keyfile::{Generation, ModulePairId, QkdKeyName, StreamId};
-use qkd_kma::{Alarm, Input, KmaConfig, ModulePairStatus, QuarantineReason, Record, Settlement};
+use qkd_kma::{
+    Alarm, Input, KmaConfig, ModulePairStatus, OperatorAct, OperatorAnswer, QuarantineReason,
+    Record, Settlement, StopReason, Suspects,
+};
 
 const PAIR: &str = "alice-bob";
 
@@ -224,7 +227,7 @@ fn a_difference_in_the_answers_mask_alone_is_alarmed_at_both_ends_and_nothing_is
 }
 
 #[test]
-fn a_module_pair_that_differs_again_and_again_is_stopped_until_both_nodes_are_started_anew() {
+fn a_module_pair_that_differs_again_and_again_is_stopped_until_both_ends_start_it() {
     let mut net = two_with(|link| link.mismatch_limit = 3);
     let differing = |net: &mut Network, from: u32| {
         for id in from..from + 6 {
@@ -255,18 +258,35 @@ fn a_module_pair_that_differs_again_and_again_is_stopped_until_both_nodes_are_st
         net.link_stock("alice", "bob") + net.link_stock("bob", "alice"),
         0
     );
+    // A restart starts nothing; nor does one end alone.
     for victim in ["alice", "bob"] {
         net.crash(&node(victim));
     }
     for victim in ["alice", "bob"] {
         net.start(&node(victim));
     }
-    bits(&mut net, "51", 8192);
+    for (id, end) in [("51", "alice"), ("52", "bob")] {
+        bits(&mut net, id, 8192);
+        net.run(20);
+        assert_eq!(received(&net, "alice"), 0);
+        let started = net.order(end, OperatorAct::StartModulePair(PAIR.parse().unwrap()));
+        let OperatorAnswer::ModulePair { changed, status } = started else {
+            panic!("{started:?}");
+        };
+        let there = (end == "alice").then_some(StopReason::Mismatches);
+        assert_eq!((changed, status.stopped_here), (true, None));
+        assert_eq!((status.stopped_there, status.mismatches), (there, 0));
+    }
+    net.run(5);
+    bits(&mut net, "53", 8192);
     net.run(20);
     assert_eq!(
         net.link_stock("alice", "bob") + net.link_stock("bob", "alice"),
         992
     );
+    // The count begins anew.
+    differing(&mut net, 60);
+    assert!(pair(&net, "alice").stopped && pair(&net, "bob").stopped);
 }
 
 #[test]
@@ -547,11 +567,14 @@ struct Delivered {
     next: u64,
     sessions: u64,
     differing: u64,
+    /// QKD-keys that an operator suspected, where, and the records of that ledger before.
+    suspected: Vec<(QkdKeyName, &'static str, usize)>,
 }
 
 fn storm_step(net: &mut Network, delivered: &mut Delivered) {
     let (alice, bob) = (node("alice"), node("bob"));
     let victim = if net.random.one_in(2) { &alice } else { &bob };
+    let module_pair: ModulePairId = PAIR.parse().unwrap();
     match net.random.below(40) {
         0..18 => {
             let id = delivered.next.to_string();
@@ -607,6 +630,22 @@ fn storm_step(net: &mut Network, delivered: &mut Delivered) {
             let reason = QuarantineReason::Repeated;
             net.input(victim, Input::Quarantined { name, reason });
         }
+        27 => drop(net.order(victim.as_str(), OperatorAct::StopModulePair(module_pair))),
+        28 | 29 => drop(net.order(victim.as_str(), OperatorAct::StartModulePair(module_pair))),
+        30 => {
+            let at = if victim == &alice { "alice" } else { "bob" };
+            let lately = delivered.next.saturating_sub(net.random.below(6));
+            let generation = generation(net, at);
+            let name = qkd_key(PAIR, &lately.to_string());
+            let name = QkdKeyName { generation, ..name };
+            let suspects = Suspects {
+                qkd_keys: vec![name.clone()],
+                ..Suspects::default()
+            };
+            net.order(at, OperatorAct::Suspect(suspects));
+            let before = net.ledger(at).len();
+            delivered.suspected.push((name, at, before));
+        }
         _ => net.run(1),
     }
 }
@@ -640,14 +679,32 @@ fn a_storm_of_faults_never_stores_a_bit_twice_nor_two_ends_apart_and_passes() {
             for alarm in &node.alarms {
                 match alarm {
                     Alarm::Mismatch { .. } => assert_eq!(differing, 1, "seed {seed}: {name}"),
-                    Alarm::Quarantined { .. } => {}
+                    Alarm::Quarantined { .. }
+                    | Alarm::ModulePairStopped { .. }
+                    | Alarm::ModulePairStarted { .. } => {}
                     other => panic!("seed {seed}: {name}: {other:?}"),
                 }
             }
         }
         check_compositions(&net);
+        check_suspected(&net, &delivered);
         calm(&mut net, &mut delivered, seed);
         common::check_ledgers(&net, &["alice", "bob"]);
+    }
+}
+
+/// After a QKD-key was suspected nothing more of it was stored there.
+fn check_suspected(net: &Network, delivered: &Delivered) {
+    for (name, at, before) in &delivered.suspected {
+        for record in &net.ledger(at)[*before..] {
+            if let Record::Stored { body, .. } = record
+                && let Some(composition) = &body.composition
+                && composition.generation == name.generation
+            {
+                let mut pieces = composition.pieces.iter();
+                assert!(pieces.all(|piece| piece.qkd_key != name.id), "{at}: {name}");
+            }
+        }
     }
 }
 
@@ -655,8 +712,19 @@ fn a_storm_of_faults_never_stores_a_bit_twice_nor_two_ends_apart_and_passes() {
 fn calm(net: &mut Network, delivered: &mut Delivered, seed: u64) {
     net.faults = common::Faults::default();
     net.slow_formats = 0;
+    for end in ["alice", "bob"] {
+        net.order(end, OperatorAct::StartModulePair(PAIR.parse().unwrap()));
+    }
     net.connect(&node("alice"), &node("bob"));
     net.run(80);
+    for end in ["alice", "bob"] {
+        let pair = pair(net, end);
+        assert_eq!(
+            (pair.stopped_here, pair.stopped_there),
+            (None, None),
+            "{end}, seed {seed}"
+        );
+    }
     assert_eq!(
         generation(net, "alice"),
         generation(net, "bob"),

@@ -12,6 +12,7 @@ mod demo;
 mod inspect;
 mod log;
 mod manual;
+mod pair;
 mod pki;
 mod randomness;
 mod run;
@@ -138,6 +139,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Stop or start a module pair at a running node.
+    Pair {
+        #[command(subcommand)]
+        command: pair::PairCommand,
+    },
     /// Look into a node's store: check it, say what it holds, change its key, follow a key's life.
     Store {
         #[command(subcommand)]
@@ -187,6 +193,11 @@ enum Failure {
         socket: PathBuf,
         source: std::io::Error,
     },
+    #[error("no link of this node is fed by module pair {module_pair}; there are: {}", known.join(", "))]
+    UnknownModulePair {
+        module_pair: qkd_keyfile::ModulePairId,
+        known: Vec<String>,
+    },
     #[error("demo")]
     Demo(#[from] crate::demo::DemoError),
     #[error("half {half} of a module pair")]
@@ -222,6 +233,7 @@ impl Failure {
             | Self::Credentials(_)
             | Self::Listen { .. }
             | Self::NotRunning { .. }
+            | Self::UnknownModulePair { .. }
             | Self::Demo(_)
             | Self::Sim { .. }
             | Self::SimProcess(_)
@@ -307,6 +319,7 @@ impl Command {
             Self::Pki { command } => command.run(),
             Self::Config { command } => command.run(),
             Self::Status { config, json } => status::run(&config, json),
+            Self::Pair { command } => command.run(),
             Self::Store { command } => command.run(),
             Self::Man { dir } => Ok(manual::write(&dir)?),
             Self::Completions { shell } => {

@@ -109,6 +109,7 @@ fn print_table(report: &Value) {
         if number(&m["restarts"]) > 0 {
             println!("  its driver was started again {} times", m["restarts"]);
         }
+        print_stops(&report["module_pairs"][name]);
     }
     println!();
     for (peer, up) in entries(&report["peers"]) {
@@ -130,6 +131,24 @@ fn print_table(report: &Value) {
             "NOT locked"
         },
     );
+}
+
+/// Who has stopped a module pair, and why.
+fn print_stops(pair: &Value) {
+    let ends = [
+        ("this end", "stopped_here"),
+        (text(&pair["peer"]), "stopped_there"),
+    ];
+    for (end, stop) in ends {
+        let why = match pair[stop].as_str() {
+            Some("mismatches") => "too many QKD-keys differed",
+            Some(_) => "by an operator",
+            None => continue,
+        };
+        println!(
+            "  STOPPED at {end}: {why}; `qkd-bridge pair start` there, once the cause is found"
+        );
+    }
 }
 
 /// A number, to be aligned as one (a JSON value does not heed a width).

@@ -136,6 +136,12 @@ impl Config {
     pub fn status_socket(&self) -> PathBuf {
         self.node.data.join("status.sock")
     }
+
+    /// Where the running node takes orders.
+    #[must_use]
+    pub fn order_socket(&self) -> PathBuf {
+        self.node.data.join("orders.sock")
+    }
 }
 
 /// A file's sections, by the names that they have in it.

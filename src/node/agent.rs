@@ -11,8 +11,9 @@ use std::{
 
 use qkd_keyfile::{Clock, ModulePairId, NodeId, QkdKeyId, QkdKeyName};
 use qkd_kma::{
-    Alarm, FormatTicket, FormattedSegment, Input, Kma, MASK_BITS, Output, QuarantineReason,
-    Settlement, Status, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder, vault::VaultError,
+    Alarm, FormatTicket, FormattedSegment, Input, Kma, MASK_BITS, OperatorAct, OperatorAnswer,
+    OperatorOrder, Output, QuarantineReason, Settlement, Status, SuppliedKey, SupplyByIdOrder,
+    SupplyError, SupplyOrder, vault::VaultError,
 };
 use qkd_net::{LinkEvent, LinksHandle};
 use qkd_pipeline::{
@@ -72,6 +73,8 @@ pub(crate) enum Request {
     },
     /// Bits of the registered generator.
     Random(KeyBuf),
+    /// An operator orders something.
+    Order(OperatorAct, oneshot::Sender<OperatorAnswer>),
 }
 
 /// Everything that the agent works with.
@@ -117,6 +120,7 @@ pub(crate) struct Agent {
     /// Orders for which there was no key memory, to be given again when time has passed.
     later: Vec<Command>,
     replies: HashMap<u64, oneshot::Sender<Supplied>>,
+    ordered: HashMap<u64, oneshot::Sender<OperatorAnswer>>,
     next_order: u64,
     /// QKD-keys dropped because too many waited.
     dropped: u64,
@@ -136,6 +140,7 @@ impl Agent {
             orders: VecDeque::new(),
             later: Vec::new(),
             replies: HashMap::new(),
+            ordered: HashMap::new(),
             next_order: 0,
             dropped: 0,
         }
@@ -153,6 +158,7 @@ impl Agent {
         let result = runtime.block_on(self.work(&mut sources));
         // What waits for an answer hears that there is none; the stage wipes what it holds.
         self.replies.clear();
+        self.ordered.clear();
         self.around.stage.stop();
         result
     }
@@ -329,6 +335,12 @@ impl Agent {
                 self.handle(Input::Route { destination, route });
             }
             Request::Random(bits) => self.handle(Input::Random(bits)),
+            Request::Order(act, reply) => {
+                self.next_order += 1;
+                let order = self.next_order;
+                self.ordered.insert(order, reply);
+                self.handle(Input::Order(OperatorOrder { order, act }));
+            }
         }
     }
 
@@ -393,6 +405,11 @@ impl Agent {
                 // An application that has gone away has its keys burned all the same.
                 if let Some(reply) = self.replies.remove(&order) {
                     let _ = reply.send(result);
+                }
+            }
+            Output::Ordered { order, answer } => {
+                if let Some(reply) = self.ordered.remove(&order) {
+                    let _ = reply.send(answer);
                 }
             }
             Output::WantRoute { destination } => {

@@ -10,6 +10,7 @@ mod generator;
 mod intake;
 mod modules;
 mod naming;
+mod orders;
 mod routes;
 mod status;
 mod supply;
@@ -46,6 +47,7 @@ pub use cores::NoSuchCore;
 pub use intake::{AlarmReport, MetricReport, ModuleReport};
 pub use modules::ModuleChanges;
 use modules::{Means, Modules};
+pub use orders::order;
 use routes::Routes;
 pub use status::{MemoryReport, Report, StockReport, StreamReport, ask};
 use supply::NodeSupply;
@@ -263,6 +265,8 @@ impl Node {
         };
         let socket = status::bind(&config.status_socket())?;
         tasks.spawn(server.run(socket, shutdown.clone()));
+        let orders = status::bind(&config.order_socket())?;
+        tasks.spawn(orders::run(orders, requests.clone(), shutdown.clone()));
         if let Some(supply_config) = &config.supply {
             let listener = listen(&supply_config.listen).await?;
             let mut ksa = qkd_ksa::Config::new(supply_config.profile()?);

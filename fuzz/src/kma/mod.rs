@@ -422,7 +422,7 @@ impl Network {
                 self.nodes[at].waiting.remove(&name);
                 None
             }
-            Output::Numbering { .. } | Output::Elsewhere { .. } => None,
+            Output::Numbering { .. } | Output::Elsewhere { .. } | Output::Ordered { .. } => None,
             Output::Supplied { order, result } => {
                 self.supplied(at, order, result);
                 None

@@ -10,7 +10,7 @@ use super::Input;
 
 /// The next message of an input. `keys` are IDs that somebody knows.
 pub(super) fn message(input: &mut Input<'_>, keys: &[KsaKeyId]) -> Vec<u8> {
-    let kind = input.byte() % 26;
+    let kind = input.byte() % 28;
     let mut message = Writer {
         input,
         keys,
@@ -49,8 +49,8 @@ impl Writer<'_, '_> {
                 });
             }
             // MarksTaken, RolledBack, BindingsTaken, CessionsTaken: one number.
-            2 | 3 | 17 | 25 => self.long(),
-            // Announce: module pair, generation, the last anew, held, dropped, complete, stopped.
+            2 | 3 | 17 | 26 => self.long(),
+            // Announce: module pair, generation, the last anew, held, dropped, complete.
             4 => {
                 self.pair();
                 self.small();
@@ -63,7 +63,6 @@ impl Writer<'_, '_> {
                     w.qkd_key();
                     w.small_below(2);
                 });
-                self.small_below(2);
                 self.small_below(2);
             }
             // Propose: segment, composition, key type, key ID, unit length, tag.
@@ -101,8 +100,8 @@ impl Writer<'_, '_> {
                 self.way();
                 self.fixed();
             }
-            // Pending, Spent, SpentTaken: stream, segments.
-            8 | 10 | 11 => {
+            // Pending, Spent, SpentTaken, Suspected: stream, segments.
+            8 | 10 | 11 | 20 => {
                 self.stream();
                 self.list(Self::long);
             }
@@ -113,7 +112,7 @@ impl Writer<'_, '_> {
             }
             12 => self.relay(),
             // HopTaken: session, sequence. Want: segments acquired, bytes.
-            13 | 23 => (0..2).for_each(|_| self.long()),
+            13 | 24 => (0..2).for_each(|_| self.long()),
             // RelayFailed: route, segment.
             14 => {
                 self.list(Self::node);
@@ -127,7 +126,7 @@ impl Writer<'_, '_> {
             // AskBinding, AskedBindings: key IDs.
             18 | 19 => self.list(Self::key_id),
             // Xor: relay, route, plan, place, ciphertext.
-            20 => {
+            21 => {
                 self.fixed();
                 self.list(Self::node);
                 self.plan();
@@ -136,13 +135,8 @@ impl Writer<'_, '_> {
                 self.varint(ciphertext.len() as u64);
                 self.out.extend_from_slice(ciphertext);
             }
-            // Renumbered: module pair, generation.
-            22 => {
-                self.pair();
-                self.small();
-            }
             // Cessions: the first's number, streams and segments.
-            24 => {
+            25 => {
                 self.long();
                 self.list(|w| {
                     w.stream();
@@ -150,9 +144,23 @@ impl Writer<'_, '_> {
                 });
             }
             // XorTaken: relay, place.
-            _ => {
+            22 => {
                 self.fixed();
                 self.small();
+            }
+            // Renumbered: module pair, generation.
+            23 => {
+                self.pair();
+                self.small();
+            }
+            // Standing: module pair, why it is stopped at either end, if it is.
+            _ => {
+                self.pair();
+                for _ in 0..2 {
+                    self.perhaps(|w| {
+                        w.small_below(2);
+                    });
+                }
             }
         }
     }

@@ -31,6 +31,13 @@ pub(crate) struct Batch {
     pub(super) hops: u64,
 }
 
+impl Batch {
+    /// The pad that its key was.
+    pub(crate) fn spans(&self) -> &[KeySpan] {
+        &self.key.spans
+    }
+}
+
 impl std::fmt::Debug for BatchKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "BatchKey({:?})", self.spans)

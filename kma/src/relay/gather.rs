@@ -187,10 +187,15 @@ impl Gathers {
         self.early.retain(|(_, _, since)| !late(*since));
         let ended = self.open.values().filter(|open| late(open.since));
         for relay in ended.map(|open| open.relay).collect::<Vec<_>>() {
-            if let Some(gather) = self.open.remove(&relay) {
-                self.end(relay);
-                send_back(cx, &gather.route, gather.segment);
-            }
+            self.fail(cx, relay);
+        }
+    }
+
+    /// A unit in the making is given up, and those before this node are told.
+    pub(super) fn fail(&mut self, cx: &mut Cx<'_>, relay: KmaKeyId) {
+        if let Some(gather) = self.open.remove(&relay) {
+            self.end(relay);
+            send_back(cx, &gather.route, gather.segment);
         }
     }
 

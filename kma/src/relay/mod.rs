@@ -30,6 +30,7 @@ use qkd_secmem::KeyBuf;
 use crate::{
     hop::{self, Arrived, HopError},
     io::{Alarm, Cx, KmaConfig, SupplyOrder},
+    record::DiscardReason,
     session::Session,
     stock::{PadNeed, StockStatus, Stocks},
     store::{NewSegment, Store},
@@ -293,6 +294,27 @@ impl Relay {
     /// The source has given a unit up.
     pub(crate) fn void(&mut self, stream: &StreamId, segment: SegmentNumber) {
         self.xors.void(stream, segment);
+    }
+
+    /// Others may know a unit of this node that is on its way.
+    pub(crate) fn suspect_segment(
+        &mut self,
+        cx: &mut Cx<'_>,
+        stream: &StreamId,
+        segment: SegmentNumber,
+    ) {
+        if let StreamId::EndToEnd { destination, .. } = stream
+            && *stream == stream_of(cx.me, destination)
+        {
+            self.source
+                .fail(cx, destination, segment, DiscardReason::Suspected);
+        }
+    }
+
+    /// Others may know a unit that is on its way from here, or in the making here.
+    pub(crate) fn suspect_unit(&mut self, cx: &mut Cx<'_>, unit: KmaKeyId) {
+        self.source.suspect(cx, unit);
+        self.xors.suspect(cx, unit);
     }
 
     /// A unit could not be carried by `peer`, or further on. Only the KMA that a unit was sent to

@@ -220,8 +220,21 @@ impl Source {
         self.remotes.iter().filter_map(want).collect()
     }
 
+    /// A unit on its way is void.
+    pub(super) fn suspect(&mut self, cx: &mut Cx<'_>, unit: KmaKeyId) {
+        let remotes = self.remotes.iter();
+        let found = remotes.flat_map(|(destination, remote)| {
+            let units = remote.on_the_way.iter();
+            let these = units.filter(|(_, departed)| departed.kma_key_id == unit);
+            these.map(|(&number, _)| (destination.clone(), number))
+        });
+        for (destination, number) in found.collect::<Vec<_>>() {
+            self.fail(cx, &destination, number, DiscardReason::Suspected);
+        }
+    }
+
     /// A unit will not arrive: void, here and wherever it is.
-    fn fail(
+    pub(super) fn fail(
         &mut self,
         cx: &mut Cx<'_>,
         destination: &NodeId,

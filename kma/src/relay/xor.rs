@@ -320,6 +320,19 @@ impl Xors {
             .retain(|leaving| !this(leaving) || leaving.part.route != route);
     }
 
+    /// Nothing goes on with a unit here.
+    pub(super) fn suspect(&mut self, cx: &mut Cx<'_>, unit: KmaKeyId) {
+        self.leaving.retain(|leaving| leaving.part.relay != unit);
+        for waiting in std::mem::take(&mut self.waiting) {
+            if waiting.reservation.relay == unit {
+                send_back(cx, &waiting.header.route, waiting.header.segment);
+            } else {
+                self.waiting.push(waiting);
+            }
+        }
+        self.gathers.fail(cx, unit);
+    }
+
     /// The source has given a unit up.
     pub(super) fn void(&mut self, stream: &StreamId, segment: SegmentNumber) {
         self.gathers.void(stream, segment);

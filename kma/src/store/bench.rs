@@ -31,7 +31,7 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Makes a stock of so many segments.
+    /// Makes a stock of so many segments; `progress` is told how many are stored, now and then.
     ///
     /// # Errors
     ///
@@ -41,6 +41,7 @@ impl Bench {
         pool: Pool,
         segments: u64,
         segment_bytes: u32,
+        progress: &mut dyn FnMut(u64),
     ) -> Result<Self, VaultError> {
         let name = |text: &str| {
             let id = text.parse::<NodeId>();
@@ -62,6 +63,7 @@ impl Bench {
             bench.confirm();
             if at % AT_ONCE == AT_ONCE - 1 {
                 bench.commit()?;
+                progress(at + 1);
             }
         }
         bench.commit()?;

@@ -46,7 +46,14 @@ impl Store {
             let part = part.to_vec();
             ledger::encode(&Record::Snapshot { more, part })
         });
-        let mut records = std::iter::once(schema).chain(snapshot).chain(history);
+        let stopped = self.state.stopped.iter().map(|(module_pair, reason)| {
+            ledger::encode(&Record::ModulePairStopped {
+                module_pair: module_pair.clone(),
+                reason: *reason,
+            })
+        });
+        let schema = std::iter::once(schema);
+        let mut records = schema.chain(snapshot).chain(stopped).chain(history);
         self.vault.compact(&mut records)?;
         self.staged_bytes = 0;
         self.compact_above_bytes = self.vault.journal_bytes().saturating_mul(2);
@@ -110,7 +117,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        record::{Binding, Purpose, Stage},
+        record::{Binding, Purpose, Stage, StopReason},
         store::{NewSegment, read_ledger},
         vault::sim::{Fault, SimDisk},
     };
@@ -130,6 +137,7 @@ mod tests {
         let (me, peer): (NodeId, NodeId) = ("a".parse().unwrap(), "b".parse().unwrap());
         let stream = StreamId::Link(LinkId::between(&me, &peer).unwrap());
         store.peer_store(&peer, 77);
+        store.stop_module_pair(&"mp".parse().unwrap(), StopReason::Operator);
         // Each of 64 bits of its digest in the state.
         store.use_qkd_keys((0..32_000).map(|n| QkdKeyName {
             module_pair: "mp".parse().unwrap(),
@@ -196,7 +204,10 @@ mod tests {
         let kept = |r: &Record| {
             matches!(
                 r,
-                Record::Schema { .. } | Record::Snapshot { .. } | Record::History { .. }
+                Record::Schema { .. }
+                    | Record::Snapshot { .. }
+                    | Record::ModulePairStopped { .. }
+                    | Record::History { .. }
             )
         };
         assert!(ledger.iter().all(kept));

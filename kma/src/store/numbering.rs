@@ -1,11 +1,14 @@
-//! Which QKD-keys may still come in.
+//! Which QKD-keys may still come in, and of which module pairs.
 
 use std::collections::BTreeMap;
 
 use qkd_keyfile::{Generation, ModulePairId, QkdKeyName};
 
 use super::Store;
-use crate::{record::Record, state::Numbering};
+use crate::{
+    record::{Record, StopReason},
+    state::Numbering,
+};
 
 /// IDs in one record.
 const IDS_MAX: usize = 4096;
@@ -46,6 +49,43 @@ impl Store {
             name.generation < numbering.generation
                 || (name.generation == numbering.generation && numbering.used.contains(&name.id))
         })
+    }
+
+    /// Why a module pair is stopped here, if it is.
+    pub(crate) fn stopped(&self, module_pair: &ModulePairId) -> Option<StopReason> {
+        self.state.stopped.get(module_pair).copied()
+    }
+
+    /// Stops a module pair; says whether it was not stopped before.
+    pub(crate) fn stop_module_pair(
+        &mut self,
+        module_pair: &ModulePairId,
+        reason: StopReason,
+    ) -> bool {
+        let news = self.stopped(module_pair).is_none();
+        if news {
+            let module_pair = module_pair.clone();
+            self.record(Record::ModulePairStopped {
+                module_pair,
+                reason,
+            });
+        }
+        news
+    }
+
+    /// Starts a module pair; says whether it was stopped.
+    pub(crate) fn start_module_pair(&mut self, module_pair: &ModulePairId) -> bool {
+        let news = self.stopped(module_pair).is_some();
+        if news {
+            let module_pair = module_pair.clone();
+            self.record(Record::ModulePairStarted { module_pair });
+        }
+        news
+    }
+
+    /// Others may know QKD-keys: none of them comes in any more.
+    pub fn suspect_qkd_keys(&mut self, names: impl IntoIterator<Item = QkdKeyName>) {
+        self.use_qkd_keys(names);
     }
 
     /// A QKD-key is settled: what its module said about it is with its segments.

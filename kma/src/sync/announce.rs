@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     RESEND_AFTER,
-    io::{Alarm, Cx, Output},
+    io::{Cx, Output},
     wire::{DropReason, Message},
 };
 
@@ -28,7 +28,6 @@ pub(crate) struct Announcement {
     pub(crate) held: Vec<(QkdKeyId, u32)>,
     pub(crate) dropped: Vec<(QkdKeyId, DropReason)>,
     pub(crate) complete: bool,
-    pub(crate) stopped: bool,
 }
 
 impl LinkSync {
@@ -101,7 +100,6 @@ impl LinkSync {
             held,
             dropped,
             complete: pair.said_complete,
-            stopped: pair.standing.stopped,
         })
     }
 
@@ -117,7 +115,6 @@ impl LinkSync {
             tracing::warn!(%peer, %module_pair, "announced a module pair that is not configured here");
             return;
         }
-        self.peer_stopped(cx, module_pair, announcement.stopped);
         if !self.same_numbering(cx, module_pair, announcement.generation, announcement.anew) {
             return;
         }
@@ -180,20 +177,6 @@ impl LinkSync {
         }
         if dropped {
             self.settle_dropped(cx, module_pair, id);
-        }
-    }
-
-    fn peer_stopped(&mut self, cx: &mut Cx<'_>, module_pair: &ModulePairId, stopped: bool) {
-        let was = self.with_pair(module_pair, |pair| {
-            std::mem::replace(&mut pair.standing.peer_stopped, stopped)
-        });
-        if stopped && was == Some(false) {
-            cx.alarm(Alarm::ModulePairStopped {
-                peer: self.peer.clone(),
-                module_pair: module_pair.clone(),
-                at_peer: true,
-            });
-            self.drop_all(cx, module_pair, true);
         }
     }
 }

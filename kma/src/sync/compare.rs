@@ -85,7 +85,7 @@ impl LinkSync {
 
     /// The proposer composed something that this end cannot. What is missing goes, at both ends: all
     /// of it where nothing is named.
-    fn refuse(&mut self, cx: &mut Cx<'_>, propose: &Propose, missing: Vec<QkdKeyId>) {
+    pub(super) fn refuse(&mut self, cx: &mut Cx<'_>, propose: &Propose, missing: Vec<QkdKeyId>) {
         let composition = &propose.composition;
         let now = cx.now.mono;
         self.with_pair(&composition.module_pair, |pair| {
@@ -182,7 +182,7 @@ impl LinkSync {
         self.answer(cx, propose, Verdict::Match, tag, Vec::new());
     }
 
-    fn release(&mut self, cx: &Cx<'_>, composition: &Composition) {
+    pub(super) fn release(&mut self, cx: &Cx<'_>, composition: &Composition) {
         self.with_pair(&composition.module_pair, |pair| {
             pair.release(cx.now.mono, &composition.pieces);
         });

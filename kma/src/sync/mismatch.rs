@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     io::{Alarm, Cx},
+    record::StopReason,
     wire::DropReason,
 };
 
@@ -73,20 +74,12 @@ impl LinkSync {
             qkd_keys,
         });
         let limit = self.config.mismatch_limit;
-        let stops = self.with_pair(module_pair, |pair| {
-            let standing = &mut pair.standing;
-            standing.mismatches += 1;
-            let stops = limit > 0 && standing.mismatches >= limit && !standing.stopped;
-            standing.stopped |= stops;
-            stops
+        let mismatches = self.with_pair(module_pair, |pair| {
+            pair.standing.mismatches += 1;
+            pair.standing.mismatches
         });
-        if stops == Some(true) {
-            cx.alarm(Alarm::ModulePairStopped {
-                peer: self.peer.clone(),
-                module_pair: module_pair.clone(),
-                at_peer: false,
-            });
-            self.drop_all(cx, module_pair, true);
+        if limit > 0 && mismatches.is_some_and(|count| count >= limit) {
+            self.stop(cx, module_pair, StopReason::Mismatches);
         }
     }
 

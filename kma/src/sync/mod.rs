@@ -15,6 +15,8 @@ mod mismatch;
 mod numbering;
 mod pair;
 mod propose;
+mod standing;
+mod suspect;
 #[cfg(test)]
 mod tests;
 
@@ -114,7 +116,7 @@ impl LinkSync {
         let now = cx.now.mono;
         self.pairs.values_mut().for_each(|pair| {
             pair.connected(now);
-            pair.standing.peer_stopped = false;
+            pair.standing.told = None;
         });
     }
 
@@ -141,6 +143,7 @@ impl LinkSync {
     pub(crate) fn add_pair(&mut self, cx: &mut Cx<'_>, module_pair: ModulePairId) {
         let fresh = || fresh_pair(cx.store, &module_pair);
         self.pairs.entry(module_pair.clone()).or_insert_with(fresh);
+        self.has_news = true;
         numbering::say(cx, &module_pair);
     }
 
@@ -161,7 +164,8 @@ impl LinkSync {
             // It is of the numbering that is about to begin, or of the one that ended.
             return cx.settle(name, Settlement::Dropped);
         }
-        if pair.standing.stopped || pair.standing.peer_stopped || key_bits == 0 {
+        let stopped = cx.store.stopped(&name.module_pair);
+        if stopped.or(pair.standing.peer_stopped).is_some() || key_bits == 0 {
             return drop_key(cx, name, Settlement::Dropped);
         }
         if cx.store.is_used(&name) {
@@ -206,6 +210,7 @@ impl LinkSync {
         if !self.connected {
             return;
         }
+        self.tell_standings(cx);
         self.announce_all(cx);
         if self.proposer {
             self.propose(cx);

@@ -7,13 +7,14 @@
 //! replaced, goes beyond it.
 
 use qkd_keyfile::{Generation, ModulePairId, Mono, NodeId, QkdKeyName};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{LinkSync, name_of};
 use crate::{
     RESEND_AFTER,
     io::{Cx, Output, Settlement},
-    record::DiscardReason,
+    record::{DiscardReason, StopReason},
+    store::Store,
     used::{TEXTS_MAX, UsedIds},
     wire::Message,
 };
@@ -23,7 +24,7 @@ use crate::{
 const AGAIN_MAX: u32 = 256;
 
 /// A module pair, for an operator.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModulePairStatus {
     /// The matching KMA.
     pub peer: NodeId,
@@ -37,32 +38,44 @@ pub struct ModulePairStatus {
     pub mismatches: u32,
     /// QKD-keys that the pipeline of one of the two ends refused.
     pub quarantined: u64,
-    /// Stopped, here or at the other end: too many QKD-keys differed. Goes on when both nodes have
-    /// been started anew.
+    /// Stopped, here or at the other end: no key is made of it.
     pub stopped: bool,
+    /// Why it is stopped here, if it is: until an operator starts it here.
+    pub stopped_here: Option<StopReason>,
+    /// Why it is stopped at the other end, as that said last: until an operator starts it there.
+    pub stopped_there: Option<StopReason>,
 }
 
 impl LinkSync {
     /// The module pairs of this link.
     pub(crate) fn status(
         &self,
-        store: &crate::store::Store,
+        store: &Store,
     ) -> impl Iterator<Item = (ModulePairId, ModulePairStatus)> {
-        let status = self.pairs.iter().map(|(name, pair)| {
-            let (waiting_qkd_keys, waiting_bits) = pair.waiting();
-            let standing = &pair.standing;
-            let status = ModulePairStatus {
-                peer: self.peer.clone(),
-                generation: store.generation(name).0,
-                waiting_qkd_keys,
-                waiting_bits,
-                mismatches: standing.mismatches,
-                quarantined: standing.quarantined,
-                stopped: standing.stopped || standing.peer_stopped,
-            };
-            (name.clone(), status)
-        });
-        status.collect::<Vec<_>>().into_iter()
+        let names = self.pairs.keys();
+        names.filter_map(|name| Some((name.clone(), self.status_of(store, name)?)))
+    }
+
+    /// One of them.
+    pub(crate) fn status_of(
+        &self,
+        store: &Store,
+        module_pair: &ModulePairId,
+    ) -> Option<ModulePairStatus> {
+        let pair = self.pairs.get(module_pair)?;
+        let (waiting_qkd_keys, waiting_bits) = pair.waiting();
+        let (standing, stopped_here) = (&pair.standing, store.stopped(module_pair));
+        Some(ModulePairStatus {
+            peer: self.peer.clone(),
+            generation: store.generation(module_pair).0,
+            waiting_qkd_keys,
+            waiting_bits,
+            mismatches: standing.mismatches,
+            quarantined: standing.quarantined,
+            stopped: stopped_here.or(standing.peer_stopped).is_some(),
+            stopped_here,
+            stopped_there: standing.peer_stopped,
+        })
     }
 
     /// A module tells its session.

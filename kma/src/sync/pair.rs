@@ -12,7 +12,9 @@ use std::{
 use qkd_keyfile::{Mono, Piece, QkdKeyId};
 
 use super::compose::{Gathered, LITTLE_BITS, LITTLE_PATIENCE, PIECES_MAX, gathered};
-use crate::{io::Settlement, ranges::RangeSet, used::UsedIds, wire::DropReason};
+use crate::{
+    io::Settlement, ranges::RangeSet, record::StopReason, used::UsedIds, wire::DropReason,
+};
 
 /// A QKD-key that the peer lacks, when it has so many that came in here later, is dropped.
 const LATER_MAX: usize = 64;
@@ -69,10 +71,10 @@ pub(super) struct Standing {
     pub(super) agreed: u32,
     /// QKD-keys that one of the two pipelines refused.
     pub(super) quarantined: u64,
-    /// Stopped here, for too many mismatches.
-    pub(super) stopped: bool,
-    /// Stopped at the other end.
-    pub(super) peer_stopped: bool,
+    /// Why it is stopped at the other end, if it is, as that said last.
+    pub(super) peer_stopped: Option<StopReason>,
+    /// When the other end was told last whether it is stopped; `None`: it is to be told now.
+    pub(super) told: Option<Mono>,
     /// QKD-keys in a row whose IDs came in before.
     pub(super) again: u32,
     /// IDs that had come in when this process began.

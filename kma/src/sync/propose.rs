@@ -205,7 +205,7 @@ impl LinkSync {
 
     /// Gives up a proposal. The QKD-keys that are missing, all where none is named, go at both ends;
     /// of the others the mask bits are burned, and the rest is free again.
-    fn abandon(&mut self, cx: &mut Cx<'_>, number: SegmentNumber, missing: &[QkdKeyId]) {
+    pub(super) fn abandon(&mut self, cx: &mut Cx<'_>, number: SegmentNumber, missing: &[QkdKeyId]) {
         let Some(proposal) = self.proposals.remove(&number) else {
             return;
         };

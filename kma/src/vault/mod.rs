@@ -34,6 +34,7 @@ mod seal;
 mod sealed;
 pub mod sim;
 mod slots;
+mod staged;
 mod view;
 
 use std::io;

@@ -8,6 +8,7 @@ use super::journal::{self, Journal};
 use super::kek::{KekKind, KekSource};
 use super::seal::{Context, NONCE_BYTES, TAG_BYTES, parts};
 use super::slots::{self, DataKey, Slots};
+use super::staged::Staged;
 use super::{GetError, HistoryLimit, MAX_ROW_BYTES, RowId, SealTag, Vault, VaultError};
 use crate::fail_point::fail_point;
 
@@ -38,7 +39,7 @@ pub struct SealedVault {
     /// Every row of which any trace exists, staged ones too.
     known: BTreeSet<RowId>,
     /// Sealed, not in the database yet.
-    puts: BTreeMap<RowId, Vec<u8>>,
+    puts: Staged,
     /// To be erased when the journal is durable.
     erasures: BTreeSet<RowId>,
     /// Without a data key, to be deleted from the database, or overwritten. That only gives back
@@ -81,7 +82,7 @@ impl SealedVault {
             slots,
             rows,
             known,
-            puts: BTreeMap::new(),
+            puts: Staged::default(),
             erasures: BTreeSet::new(),
             leftovers: BTreeSet::new(),
             poisoned: false,
@@ -127,12 +128,10 @@ impl SealedVault {
     fn commit_in_order(&mut self) -> Result<(), VaultError> {
         self.slots.commit()?;
         fail_point!("slots");
-        if !self.puts.is_empty() || self.leftovers.len() > MAX_LEFTOVERS {
-            let puts = std::mem::take(&mut self.puts);
-            if let Err(error) = self.apply(&puts) {
-                self.puts = puts;
-                return Err(error);
-            }
+        if self.puts.size().0 > 0 || self.leftovers.len() > MAX_LEFTOVERS {
+            self.rows.apply(self.puts.rows(), &self.leftovers)?;
+            self.puts.clear();
+            self.leftovers_are_gone();
         }
         fail_point!("rows");
         self.journal.commit()?;
@@ -143,23 +142,26 @@ impl SealedVault {
         Ok(())
     }
 
-    /// Puts rows and deletes leftovers, in one transaction.
-    fn apply(&mut self, puts: &BTreeMap<RowId, Vec<u8>>) -> Result<(), VaultError> {
-        self.rows.apply(puts, &self.leftovers)?;
+    fn leftovers_are_gone(&mut self) {
         for row in std::mem::take(&mut self.leftovers) {
             self.known.remove(&row);
         }
-        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn rows_looked_at(&self) -> usize {
+        self.puts.looked_at.get()
     }
 
     /// Sees to room for one more row, of `len_bytes`.
     fn make_room(&mut self, len_bytes: usize) -> Result<(), VaultError> {
-        let staged_bytes: usize = self.puts.values().map(Vec::len).sum();
-        let (rows, len_bytes) = (self.puts.len() + 1, staged_bytes + len_bytes);
+        let (rows, staged_bytes) = self.puts.size();
+        let (rows, len_bytes) = (rows + 1, staged_bytes + len_bytes);
         match self.rows.check_room(rows, len_bytes) {
             Err(VaultError::Full { .. }) if !self.leftovers.is_empty() => {
-                let deleted = self.apply(&BTreeMap::new());
+                let deleted = self.rows.apply(&BTreeMap::new(), &self.leftovers);
                 self.latch(deleted)?;
+                self.leftovers_are_gone();
                 self.rows.check_room(rows, len_bytes)
             }
             answer => answer,
@@ -223,7 +225,7 @@ impl Vault for SealedVault {
     fn rows(&mut self) -> Result<Vec<RowId>, VaultError> {
         self.usable()?;
         let known = self.known.iter().filter(|row| {
-            !self.puts.contains_key(row)
+            self.puts.get(**row).is_none()
                 && !self.erasures.contains(row)
                 && !self.leftovers.contains(row)
         });
@@ -252,7 +254,7 @@ impl Vault for SealedVault {
         let context = Context::row(self.journal.incarnation(), row);
         let tag = cipher.seal(&context, key, &mut sealed);
         match tag {
-            Ok(_) => drop(self.puts.insert(row, sealed)),
+            Ok(_) => self.puts.insert(row, sealed),
             Err(_) => self.erase(row),
         }
         tag
@@ -264,7 +266,7 @@ impl Vault for SealedVault {
         if self.erasures.contains(&row) || self.leftovers.contains(&row) {
             return Err(GetError::Missing { row });
         }
-        if let Some(sealed) = self.puts.get(&row) {
+        if let Some(sealed) = self.puts.get(row) {
             return self.unseal(row, tag, sealed, out);
         }
         let mut outcome = Err(GetError::Missing { row });
@@ -278,7 +280,7 @@ impl Vault for SealedVault {
 
     fn erase(&mut self, row: RowId) {
         if self.known.contains(&row) && !self.leftovers.contains(&row) {
-            self.puts.remove(&row);
+            self.puts.remove(row);
             self.erasures.insert(row);
         }
     }

@@ -24,9 +24,9 @@ use qkd_keyfile::{
     metadata::{QkdKeyMetadata, SecurityLevel},
 };
 use qkd_kma::{
-    Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, Output, Record, RelayPolicies,
-    RelayPolicy, RemoteConfig, Settlement, StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError,
-    SupplyOrder,
+    Alarm, FormattedSegment, Input, Kma, KmaConfig, LinkConfig, OperatorAct, OperatorAnswer,
+    OperatorOrder, Output, Record, RelayPolicies, RelayPolicy, RemoteConfig, Settlement,
+    StockLimits, SuppliedKey, SupplyByIdOrder, SupplyError, SupplyOrder,
     store::{Retention, Store},
     vault::{KekSource, LmdbOptions, Vault, open_lmdb, sim::SimDisk},
 };
@@ -101,6 +101,7 @@ pub struct Node {
     pub generations: BTreeMap<ModulePairId, Generation>,
     pub alarms: Vec<Alarm>,
     pub answers: BTreeMap<u64, Result<Vec<SuppliedKey>, SupplyError>>,
+    pub ordered: BTreeMap<u64, OperatorAnswer>,
     /// Bytes of the physical generator that were asked for.
     pub wanted_random: usize,
     random: Random,
@@ -313,6 +314,7 @@ impl Network {
                 generations: BTreeMap::new(),
                 alarms: Vec::new(),
                 answers: BTreeMap::new(),
+                ordered: BTreeMap::new(),
                 wanted_random: 0,
                 random: Random(random.next()),
                 config: config.clone(),
@@ -508,6 +510,10 @@ impl Network {
                 let node = self.nodes.get_mut(from).unwrap();
                 node.answers.insert(order, result);
             }
+            Output::Ordered { order, answer } => {
+                let node = self.nodes.get_mut(from).unwrap();
+                node.ordered.insert(order, answer);
+            }
             Output::WantRoute { destination } => {
                 self.input(
                     from,
@@ -648,6 +654,16 @@ impl Network {
             self.run(1);
         }
         panic!("no answer within 100 ticks");
+    }
+
+    /// An operator's order.
+    pub fn order(&mut self, at: &str, act: OperatorAct) -> OperatorAnswer {
+        let order = self.next_order();
+        self.input(&node(at), Input::Order(OperatorOrder { order, act }));
+        let ordered = &mut self.nodes.get_mut(&node(at)).unwrap().ordered;
+        ordered
+            .remove(&order)
+            .expect("an order is answered at once")
     }
 
     fn next_order(&mut self) -> u64 {

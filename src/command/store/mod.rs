@@ -2,8 +2,9 @@
 
 mod check;
 mod figures;
-mod life;
 mod rekey;
+mod trace;
+mod void;
 
 use std::path::PathBuf;
 
@@ -78,9 +79,9 @@ pub(super) enum StoreCommand {
         after_help = "Examples:\n  qkd-bridge store void --config alice.toml mp1.0/0000be38\n  \
         qkd-bridge store void --config alice.toml mp1.0/0000be38 --yes\n  \
         qkd-bridge store void --config alice.toml 6f1c1d7e-55cf-4c2a-9f43-0e6d7e0a5b11 --with-origins --yes\n\n\
-        Without --yes it only says what it would do. The node must not run; when it is started again it \
-        tells the matching nodes, which void the same. What has to be done at nodes that share no stream \
-        with this one is printed."
+        Without --yes it only says what it would do. A node that runs does it at once; the store of one \
+        that does not is changed, and the node tells the others when it is started. The matching nodes void \
+        the same. What has to be done at nodes that share no stream with this one is printed."
     )]
     Void {
         #[command(flatten)]
@@ -126,6 +127,13 @@ pub(super) enum StoreError {
     NoKek,
     #[error("neither the ledger nor its archives know {id}")]
     Unknown { id: String },
+    #[error("a node runs, and gives no answer on {}: what it was asked may be done", socket.display())]
+    NoAnswer {
+        socket: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("the node makes keys of suspected ones faster than they are found; run it again")]
+    Unsettled,
     #[error("the store is damaged")]
     Damaged,
     #[error("no answer could be written")]
@@ -192,13 +200,17 @@ impl StoreCommand {
             }
             Self::Stats(which) => figures::run(&read(&which)?, which.json)?,
             Self::Rekey { which, to } => rekey::run(&read(&which)?, to.as_ref(), which.json)?,
-            Self::Trace { which, id } => life::trace(&read(&which)?, &id, which.json)?,
+            Self::Trace { which, id } => trace::run(&read(&which)?, &id, which.json)?,
             Self::Void {
                 which,
                 id,
                 with_origins,
                 yes,
-            } => life::void(&read(&which)?, &id, with_origins, yes, which.json)?,
+            } => {
+                let id = &id;
+                let suspicion = void::Suspicion { id, with_origins };
+                void::run(&read(&which)?, suspicion, yes, which.json)?;
+            }
         }
         Ok(())
     }
