@@ -217,48 +217,45 @@ async fn a_busy_ring_that_is_cut_off_again_and_again_alters_and_doubles_no_key()
 }
 
 #[tokio::test]
-async fn a_ring_that_a_killed_bridge_left_is_replaced_and_a_living_bridges_is_not() {
+async fn two_drivers_do_not_share_a_path() {
     let place = Place::in_file();
-    let mut source = open(&place).await;
-    let error = DriverConfig::SharedMemory(place.config())
-        .open()
-        .err()
-        .unwrap();
+    let source = open(&place).await;
+    let second = DriverConfig::SharedMemory(place.config()).open();
+    let error = second.err().unwrap();
     assert!(matches!(error, OpenError::RingFile { .. }));
-    assert!(
-        error.to_string().contains("another program has its ring"),
-        "{error}"
-    );
-    let mut producer = place.connect(&mut *source).await;
-    // Killed: the names stay, and nobody has the FIFO open.
-    let kept = tempfile::tempdir_in("/dev/shm").unwrap();
-    for entry in fs::read_dir(place.0.path()).unwrap() {
-        let path = entry.unwrap().path();
-        fs::rename(&path, kept.path().join(path.file_name().unwrap())).unwrap();
-    }
-    drop(source);
-    for entry in fs::read_dir(kept.path()).unwrap() {
-        let path = entry.unwrap().path();
-        fs::rename(&path, place.0.path().join(path.file_name().unwrap())).unwrap();
-    }
-    assert_eq!(left(&place), 2);
-    assert!(
-        Connected::try_file(&place.path()).is_err(),
-        "nobody reads there"
-    );
-
-    let mut source = open(&place).await;
-    assert_eq!(left(&place), 2);
-    source.grant(10);
-    assert!(
-        rustix::io::write(&producer.wakeup, &[1]).is_err(),
-        "it hears of it"
-    );
-    producer = place.connect(&mut *source).await;
-    producer.send(1).unwrap();
-    expect_blocks(&mut *source, 1..2).await;
+    let text = error.to_string();
+    assert!(text.contains("another program has its ring"), "{text}");
+    assert_eq!(left(&place), 2, "the first one's are untouched");
     drop(source);
     assert_eq!(left(&place), 0);
+}
+
+#[tokio::test]
+async fn a_ring_that_a_killed_bridge_left_is_replaced_and_its_producer_comes_to_the_next() {
+    let place = Place::in_file();
+    let path = place.path();
+    let mut bridge = child("a_bridge_process", BRIDGE_VARIABLE, &path);
+    let first = tokio::task::spawn_blocking(move || Connected::in_file(&path).unwrap());
+    let mut first = first.await.unwrap();
+    first.send(1).unwrap();
+    bridge.0.kill().unwrap();
+    bridge.0.wait().unwrap();
+    assert_eq!(left(&place), 2, "ring and FIFO are left behind");
+    let told = rustix::io::write(&first.wakeup, &[1]);
+    assert_eq!(
+        told,
+        Err(rustix::io::Errno::PIPE),
+        "the producer hears of it"
+    );
+    drop(first);
+    assert!(Connected::try_file(&place.path()).is_err());
+
+    let mut source = open(&place).await;
+    assert_eq!(left(&place), 2, "a ring and its FIFO, and no other");
+    source.grant(10);
+    let mut second = place.connect(&mut *source).await;
+    second.send(1).unwrap();
+    expect_blocks(&mut *source, 1..2).await;
 }
 
 #[tokio::test]
@@ -379,7 +376,7 @@ async fn a_process_that_cuts_the_file_off_and_dies_of_it_does_not_take_the_drive
     let place = Place::in_file();
     let mut source = open(&place).await;
     source.grant(100);
-    let mut child = producer_process(&place.path(), Some("cut"));
+    let mut child = producer_process(&place.path(), Some(CUT_VARIABLE));
     assert_eq!(event(&mut *source).await.0, place.attached());
     let (mut came, mut broken) = (0, 0);
     loop {
@@ -409,17 +406,30 @@ async fn a_process_that_cuts_the_file_off_and_dies_of_it_does_not_take_the_drive
     assert_eq!(bytes, block(came).1);
 }
 
+/// Only in a child of another test: a driver that waits to be killed.
+#[tokio::test]
+async fn a_bridge_process() {
+    let Some(path) = std::env::var_os(BRIDGE_VARIABLE) else {
+        return;
+    };
+    let mut source = open_with(SharedMemoryConfig::in_file(path)).await;
+    loop {
+        event(&mut *source).await;
+    }
+}
+
 /// Only in a child of another test: sends ten blocks beyond what is durable and waits to be killed, or
 /// cuts the file off and goes on writing.
 #[test]
 fn a_producer_process() {
-    let Some(path) = std::env::var_os(PATH_VARIABLE) else {
+    let cut = std::env::var_os(CUT_VARIABLE);
+    let Some(path) = std::env::var_os(PATH_VARIABLE).or_else(|| cut.clone()) else {
         return;
     };
     let mut producer = Connected::in_file(Path::new(&path)).unwrap();
     let last = producer.greeting.last_durable;
     let first = last.map_or(0, |number| number + 1);
-    if std::env::var_os(CUT_VARIABLE).is_some() {
+    if cut.is_some() {
         for number in first..first + 5 {
             producer.send(number).unwrap();
         }
@@ -438,6 +448,7 @@ fn a_producer_process() {
 
 const PATH_VARIABLE: &str = "RING_FILE_PRODUCER_PATH";
 const CUT_VARIABLE: &str = "RING_FILE_PRODUCER_CUTS";
+const BRIDGE_VARIABLE: &str = "RING_FILE_BRIDGE_PATH";
 
 struct Running(std::process::Child);
 
@@ -448,14 +459,15 @@ impl Drop for Running {
     }
 }
 
-/// This program once more, as a producer.
 fn producer_process(path: &Path, cut: Option<&str>) -> Running {
+    child("a_producer_process", cut.unwrap_or(PATH_VARIABLE), path)
+}
+
+/// This program once more, with nothing but one of its tests.
+fn child(test: &str, variable: &str, path: &Path) -> Running {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--exact", "a_producer_process", "--nocapture"])
-        .env(PATH_VARIABLE, path)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    command.envs(cut.map(|cut| (CUT_VARIABLE, cut)));
+    command.args(["--exact", test, "--nocapture"]);
+    command.env(variable, path);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     Running(command.spawn().unwrap())
 }

@@ -219,14 +219,17 @@ impl FileDoor {
         })
     }
 
-    /// Gives the group its rights, if there is one.
+    /// Gives the group its rights, if there is one. A folder with the setgid bit has given the file to its
+    /// group already, which needs no right to change owners.
     fn let_in(&self, file: &File, mode: u32) -> Result<(), FileError> {
-        if self.gid.is_some() {
-            fchown(file, None, self.gid).map_err(os("give it to the group `peer_gid`"))?;
-            file.set_permissions(Permissions::from_mode(mode))
-                .map_err(os("let the group `peer_gid` use it"))?;
+        let Some(gid) = self.gid else {
+            return Ok(());
+        };
+        if !file.metadata().is_ok_and(|metadata| metadata.gid() == gid) {
+            fchown(file, None, Some(gid)).map_err(os("give it to the group `peer_gid`"))?;
         }
-        Ok(())
+        file.set_permissions(Permissions::from_mode(mode))
+            .map_err(os("let the group `peer_gid` use it"))
     }
 }
 

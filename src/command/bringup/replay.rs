@@ -48,6 +48,7 @@ enum Over {
     Serial,
     Directory,
     SharedMemory,
+    SharedMemoryFile,
 }
 
 fn speed(text: &str) -> Result<f64, &'static str> {
@@ -93,6 +94,7 @@ impl ReplayArgs {
         let over = self.over.unwrap_or(match trace.kind.as_str() {
             "directory" => Over::Directory,
             "shared-memory" => Over::SharedMemory,
+            "shared-memory-file" => Over::SharedMemoryFile,
             // Whatever was recorded over a network is played over a line.
             _ => Over::Serial,
         });
@@ -106,9 +108,8 @@ impl ReplayArgs {
                 TransportConfig::Serial(config)
             }
             Over::Directory => TransportConfig::Files(FilesConfig::new(&self.to)),
-            Over::SharedMemory => TransportConfig::Ring(RingConfig {
-                socket: self.to.clone(),
-            }),
+            Over::SharedMemory => TransportConfig::Ring(RingConfig::Socket(self.to.clone())),
+            Over::SharedMemoryFile => TransportConfig::Ring(RingConfig::File(self.to.clone())),
         }
     }
 }
