@@ -25,10 +25,8 @@ pub(super) enum Door {
     File(FileDoor),
 }
 
-/// Who is there.
-pub(super) enum Came {
-    /// A producer, in its ring.
-    Producer(Ring),
+/// Why no producer came in.
+pub(super) enum Refused {
     /// A user who is not trusted with keys.
     Stranger {
         /// The user's number.
@@ -46,8 +44,12 @@ impl Door {
         })
     }
 
-    /// The next producer, which is to hear what is durable.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, numbers: &Numbers) -> Poll<Came> {
+    /// The next producer, in its ring, which tells it what is durable.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        numbers: &Numbers,
+    ) -> Poll<Result<Ring, Refused>> {
         match self {
             Self::Socket(door) => door.poll(cx, numbers),
             Self::File(door) => door.poll(cx, numbers),

@@ -41,7 +41,7 @@ use tokio::{
 
 use super::{
     config::SharedMemoryConfig,
-    door::{Came, Connection, Rings},
+    door::{Connection, Refused, Rings},
     name::Name,
     numbers::Numbers,
     ring::Ring,
@@ -135,18 +135,22 @@ impl FileDoor {
     }
 
     /// The next producer: one that has opened the FIFO.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, numbers: &Numbers) -> Poll<Came> {
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        numbers: &Numbers,
+    ) -> Poll<Result<Ring, Refused>> {
         loop {
             let Some(mut offer) = self.offer.take() else {
                 match self.make(numbers) {
                     Ok(offer) => self.offer = Some(offer),
-                    Err(error) => return Poll::Ready(Came::Failed(Some(error.kind()))),
+                    Err(error) => return Poll::Ready(Err(Refused::Failed(Some(error.kind())))),
                 }
                 continue;
             };
             if offer.fifo.poll_any(cx).is_ready() {
                 let ring = Ring::new(offer.consumer, Connection::Fifo(offer.fifo));
-                return Poll::Ready(Came::Producer(ring));
+                return Poll::Ready(Ok(ring));
             }
             if self.look.as_mut().poll(cx).is_ready() {
                 self.look.as_mut().reset(Instant::now() + LOOK_INTERVAL);

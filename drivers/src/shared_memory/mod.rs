@@ -43,7 +43,7 @@ pub use self::{
     file::FileError,
 };
 use self::{
-    door::{Came, Door},
+    door::{Door, Refused},
     numbers::Numbers,
     ring::Ring,
 };
@@ -111,15 +111,15 @@ impl SharedMemorySource {
     fn poll_connect(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         ready!(self.alarm.as_mut().poll(cx));
         match ready!(self.door.poll(cx, &self.numbers)) {
-            Came::Producer(ring) => {
+            Ok(ring) => {
                 self.numbers.begin_ring();
                 self.ring = Some(ring);
             }
-            Came::Stranger { uid } => self.events.push_back(Event::Alarm(Alarm {
+            Err(Refused::Stranger { uid }) => self.events.push_back(Event::Alarm(Alarm {
                 code: AlarmCode::StrangerConnected { uid },
                 severity: Severity::Security,
             })),
-            Came::Failed(error) => {
+            Err(Refused::Failed(error)) => {
                 let reason = error.map(|error| DetachReason::Io { error });
                 let detached = reason.map(|reason| Event::Detached { reason });
                 self.events.extend(detached);

@@ -27,7 +27,7 @@ use qkd_handover::ring::{Consumer, MapError, greeting::Greeting};
 
 use super::{
     config::SharedMemoryConfig,
-    door::{Came, Connection, Rings},
+    door::{Connection, Refused, Rings},
     name::Name,
     numbers::Numbers,
     ring::Ring,
@@ -82,18 +82,20 @@ impl SocketDoor {
     }
 
     /// The next producer.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, numbers: &Numbers) -> Poll<Came> {
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        numbers: &Numbers,
+    ) -> Poll<Result<Ring, Refused>> {
         let Ok((socket, uid)) = ready!(self.listener.poll_accept(cx)) else {
             // Out of descriptors, most likely.
-            return Poll::Ready(Came::Failed(None));
+            return Poll::Ready(Err(Refused::Failed(None)));
         };
         if !is_trusted(uid, &self.peer_uids) {
-            return Poll::Ready(Came::Stranger { uid });
+            return Poll::Ready(Err(Refused::Stranger { uid }));
         }
-        Poll::Ready(match self.greet(socket, numbers) {
-            Ok(ring) => Came::Producer(ring),
-            Err(error) => Came::Failed(Some(error.kind())),
-        })
+        let greeted = self.greet(socket, numbers);
+        Poll::Ready(greeted.map_err(|error| Refused::Failed(Some(error.kind()))))
     }
 
     fn greet(&mut self, socket: UnixStream, numbers: &Numbers) -> io::Result<Ring> {
