@@ -10,9 +10,10 @@
 //!   twice, [`COPY_BYTES`] apart, the copy written first; the producer takes it where both agree and goes by
 //!   what it saw before otherwise. A position that comes out wrong all the same leads to a record that is
 //!   not there: generation, sequence number or check sequence find it, and the ring is thrown away.
-//! - **System calls promise no order.** The fences of the mapped case stand around them in the
-//!   same places: they order what the processor did before against what it does after, in whose name
-//!   ever, and what the models check is where they stand.
+//! - **System calls promise no order.** Fences stand around them in the places of the mapped case's
+//!   orderings, which the models check: a fence orders what the processor did before against what it does
+//!   after, whether this program did it or the kernel for it. Records that came too early all the same fail
+//!   their check sequence.
 //!
 //! The file is mapped all the same, and that mapping never touched: it keeps key out of swap.
 
