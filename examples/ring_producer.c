@@ -5,15 +5,23 @@
  *
  *   cc -std=c11 -O2 -I drivers/handover/include -o ring_producer examples/ring_producer.c
  *   ./ring_producer SOCKET [BLOCKS]
+ *   ./ring_producer --file /dev/shm/RING [BLOCKS]
+ *
+ * With --file it maps the ring's file instead of taking the ring from the socket; the bridge has to be
+ * configured to trust it (`file`, `trusted = true`).
  *
  * Hands over BLOCKS blocks of made-up bits (100 if not given) and ends when all of them are durable.
  * Put your module's read in the place of make_block().
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -36,6 +44,7 @@ struct kept_block {
 	uint8_t key[MAX_KEY_BYTES];
 };
 
+/* At a file, `wakeup` is the FIFO, which is watched in the place of the socket too. */
 struct connection {
 	int socket;
 	int memory_fd;
@@ -87,6 +96,22 @@ static void disconnect(struct connection *c)
 	}
 }
 
+/* Maps all of the memory. 0, or -1. */
+static int map(struct connection *c)
+{
+	struct stat file;
+
+	if (fstat(c->memory_fd, &file) != 0)
+		return -1;
+	c->bytes = (size_t)file.st_size;
+	c->memory = mmap(NULL, c->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->memory_fd, 0);
+	if (c->memory == MAP_FAILED) {
+		c->memory = NULL;
+		return -1;
+	}
+	return 0;
+}
+
 /* Receives the greeting with its two descriptors and maps the ring. 0, or -1. */
 static int take_ring(struct connection *c)
 {
@@ -101,7 +126,6 @@ static int take_ring(struct connection *c)
 				  .msg_control = &control,
 				  .msg_controllen = sizeof control };
 	struct cmsghdr *rights;
-	struct stat file;
 	int fds[2];
 
 	if (recvmsg(c->socket, &message, MSG_CMSG_CLOEXEC) != (ssize_t)sizeof greeting)
@@ -113,14 +137,8 @@ static int take_ring(struct connection *c)
 	memcpy(fds, CMSG_DATA(rights), sizeof fds);
 	c->memory_fd = fds[0];
 	c->wakeup = fds[1];
-	if (fstat(c->memory_fd, &file) != 0)
+	if (map(c) != 0)
 		return -1;
-	c->bytes = (size_t)file.st_size;
-	c->memory = mmap(NULL, c->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->memory_fd, 0);
-	if (c->memory == MAP_FAILED) {
-		c->memory = NULL;
-		return -1;
-	}
 	return qkd_ring_attach(&c->ring, c->memory, c->bytes, &greeting, SESSION);
 }
 
@@ -138,13 +156,33 @@ static int connect_to(const char *path, struct connection *c)
 	return take_ring(c);
 }
 
+/* Takes the ring that stands at `path`. 0, or -1: there is none, or it is used; the bridge makes another. */
+static int take_file(const char *path, struct connection *c)
+{
+	char fifo[4096];
+
+	*c = (struct connection){ .socket = -1, .wakeup = -1 };
+	c->memory_fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+	/* The kernel gives the lock back when this process ends. */
+	if (c->memory_fd < 0 || flock(c->memory_fd, LOCK_EX | LOCK_NB) != 0 || map(c) != 0)
+		return -1;
+	if (c->bytes <= QKD_RING_HEADER_BYTES)
+		return -1;
+	snprintf(fifo, sizeof fifo, "%s.%" PRIu64, path, qkd_ring_generation(c->memory));
+	/* ENXIO if no bridge reads there: what is left of one that is gone. */
+	c->wakeup = open(fifo, O_WRONLY | O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW);
+	if (c->wakeup < 0)
+		return -1;
+	return qkd_ring_attach_file(&c->ring, c->memory, c->bytes, SESSION);
+}
+
 /* Waits up to BEAT_MS. Whether the bridge is still there: it sends nothing, so that anything to read
- * is its end. */
+ * is its end, as is an error on a FIFO. */
 static int bridge_is_there(const struct connection *c, int wait_ms)
 {
-	struct pollfd socket = { c->socket, POLLIN, 0 };
+	struct pollfd end = { c->socket >= 0 ? c->socket : c->wakeup, POLLIN, 0 };
 
-	return poll(&socket, 1, wait_ms) == 0;
+	return poll(&end, 1, wait_ms) == 0;
 }
 
 /* Wakes the bridge if it sleeps. Whether the record was written. */
@@ -152,7 +190,8 @@ static int wrote(const struct connection *c, int result)
 {
 	const uint64_t one = 1;
 
-	if (result == QKD_RING_WRITTEN_WAKE && write(c->wakeup, &one, sizeof one) < 0)
+	/* A FIFO that is full wakes as well as one more number in it. */
+	if (result == QKD_RING_WRITTEN_WAKE && write(c->wakeup, &one, sizeof one) < 0 && errno != EAGAIN)
 		return 0;
 	return result == QKD_RING_WRITTEN || result == QKD_RING_WRITTEN_WAKE;
 }
@@ -204,17 +243,21 @@ static int serve(struct connection *c, uint64_t blocks)
 
 int main(int argc, char **argv)
 {
-	uint64_t blocks = argc > 2 ? strtoull(argv[2], NULL, 10) : 100;
+	int is_file = argc > 1 && strcmp(argv[1], "--file") == 0;
+	const char *path = argc > 1 + is_file ? argv[1 + is_file] : NULL;
+	uint64_t blocks = argc > 2 + is_file ? strtoull(argv[2 + is_file], NULL, 10) : 100;
 
-	if (argc < 2) {
-		fprintf(stderr, "usage: %s SOCKET [BLOCKS]\n", argv[0]);
+	if (path == NULL) {
+		fprintf(stderr, "usage: %s SOCKET [BLOCKS]\n       %s --file FILE [BLOCKS]\n", argv[0], argv[0]);
 		return 2;
 	}
+	/* A FIFO that nobody reads is an error, not our end. */
+	signal(SIGPIPE, SIG_IGN);
 	for (;;) {
 		struct connection c;
 		int done = 0;
 
-		if (connect_to(argv[1], &c) == 0) {
+		if ((is_file ? take_file(path, &c) : connect_to(path, &c)) == 0) {
 			done = serve(&c, blocks);
 			/* What became durable just before the bridge went away is not sent again. */
 			forget(qkd_ring_durable(&c.ring));

@@ -47,7 +47,7 @@ fn start_device(dir: &Path, transport: Transport, fault: &str) -> Running {
     fs::write(&file, text).unwrap();
     let file = file.to_str().unwrap();
     let running = Running::start(&["sim", "--config", file, "--half", "mp:transmitter"]);
-    if transport != Transport::Ring {
+    if !matches!(transport, Transport::Ring | Transport::RingFile) {
         wait_for(|| device.exists());
     }
     running
@@ -65,6 +65,7 @@ fn kind(transport: Transport) -> &'static str {
     match transport {
         Transport::Serial => "serial",
         Transport::Ring => "shared-memory",
+        Transport::RingFile => "shared-memory-file",
         Transport::Files => "directory",
     }
 }
@@ -100,7 +101,7 @@ fn a_probe_tells_what_a_module_does_and_never_its_key() {
         for transport in Transport::ALL {
             let truth = &truth;
             scope.spawn(move || {
-                let dir = tempfile::tempdir().unwrap();
+                let dir = transport.folder();
                 let output = look(dir.path(), transport, "probe", "biased", &["--json"]);
                 assert!(
                     output.status.success(),

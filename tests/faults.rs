@@ -37,7 +37,7 @@ struct Outcome {
 
 /// Plays the transmitter of a pair with one kind of fault, at one block in five or so.
 async fn play(transport: Transport, fault: &str) -> Outcome {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = transport.folder();
     let device = dir.path().join("device");
     let played = transport.played(&device);
     let config = transport.driver(&device);
@@ -168,6 +168,11 @@ fn lost_and_altered(
 
 fn check(transport: Transport, fault: &str, truth: &BTreeMap<u64, Vec<u8>>, outcome: &Outcome) {
     let case = format!("{fault} on {transport:?}");
+    // Sealed or not, a ring is a ring.
+    let transport = match transport {
+        Transport::RingFile => Transport::Ring,
+        transport => transport,
+    };
     let (lost, altered) = lost_and_altered(&case, truth, outcome);
     let faulty = outcome.faulty();
     let count = faulty.len() as u64;
@@ -299,6 +304,11 @@ async fn on_a_serial_line_no_fault_goes_unnoticed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_a_ring_no_fault_goes_unnoticed() {
     every_fault_is_caught(Transport::Ring).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_a_ring_in_a_file_no_fault_goes_unnoticed() {
+    every_fault_is_caught(Transport::RingFile).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

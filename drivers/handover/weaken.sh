@@ -15,15 +15,13 @@ ring=drivers/handover/src/ring
 # File, what stands there once, what is put in its place, and what that takes away.
 weakenings=(
     "producer.rs|.store(published, Ordering::Release)|.store(published, Ordering::Relaxed)|publishing the record"
-    "consumer.rs|.word(at::WRITE_POS).load(Ordering::Acquire)|.word(at::WRITE_POS).load(Ordering::Relaxed)|seeing the record"
-    "consumer.rs|.store(self.read_pos, Ordering::Release)|.store(self.read_pos, Ordering::Relaxed)|giving room back wiped"
-    "producer.rs|.word(at::READ_POS).load(Ordering::Acquire)|.word(at::READ_POS).load(Ordering::Relaxed)|taking room after the wiping"
+    "consumer.rs|.load(at::WRITE_POS, Ordering::Acquire)|.load(at::WRITE_POS, Ordering::Relaxed)|seeing the record"
+    "consumer.rs|.say(at::READ_POS, self.read_pos, Ordering::Release)|.say(at::READ_POS, self.read_pos, Ordering::Relaxed)|giving room back wiped"
+    "producer.rs|.heard(at::READ_POS, Ordering::Acquire)|.heard(at::READ_POS, Ordering::Relaxed)|taking room after the wiping"
     "producer.rs|fence(Ordering::SeqCst);|fence(Ordering::AcqRel);|the producer's fence before the wish"
     "consumer.rs|fence(Ordering::SeqCst);|fence(Ordering::AcqRel);|the consumer's fence after the wish"
-    "consumer.rs|.store(session.get(), Ordering::Release)|.store(session.get(), Ordering::Relaxed)|publishing the session of what is durable"
-    "producer.rs|.load(Ordering::Acquire);
-        if session|.load(Ordering::Relaxed);
-        if session|seeing the session of what is durable"
+    "consumer.rs|.say(at::DURABLE_SESSION, session.get(), Ordering::Release)|.say(at::DURABLE_SESSION, session.get(), Ordering::Relaxed)|publishing the session of what is durable"
+    "producer.rs|.heard(at::DURABLE_SESSION, Ordering::Acquire)|.heard(at::DURABLE_SESSION, Ordering::Relaxed)|seeing the session of what is durable"
 )
 
 models() {

@@ -12,7 +12,7 @@ use crate::{
     openers::CustomConfig,
     records::Limits,
     serial::{SerialConfig, SerialSource},
-    shared_memory::{SharedMemoryConfig, SharedMemorySource},
+    shared_memory::{FileError, PlaceError, SharedMemoryConfig, SharedMemorySource},
     source::KeySource,
 };
 use qkd_handover::ring::MapError;
@@ -47,7 +47,7 @@ impl DriverConfig {
         match self {
             Self::Directory(config) => vec![&mut config.path],
             Self::Serial(config) => vec![&mut config.path],
-            Self::SharedMemory(config) => vec![&mut config.socket],
+            Self::SharedMemory(config) => config.path_mut().into_iter().collect(),
             Self::Clavis2(_) => Vec::new(),
             Self::Etsi014(config) => {
                 vec![&mut config.ca, &mut config.certificate, &mut config.key]
@@ -181,6 +181,17 @@ pub enum OpenError {
         /// The reason.
         source: MapError,
     },
+    /// The ring's file cannot be made.
+    #[error("cannot keep a ring at {path}: {reason}")]
+    RingFile {
+        /// The file.
+        path: PathBuf,
+        /// The reason, and what mends it.
+        reason: FileError,
+    },
+    /// The settings do not say where producers find their ring.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// No socket towards a device.
     #[error("cannot talk to {address}")]
     Datagrams {

@@ -167,6 +167,8 @@ pub enum AlarmCode {
         /// The user's number.
         uid: u32,
     },
+    /// The ring is a file: it cannot be sealed, and its producer, which is trusted, can take the memory away.
+    RingNotSealed,
     /// The note of what is settled could not be written: after a crash, what was settled last may be
     /// delivered again.
     CannotKeepJournal {

@@ -9,7 +9,7 @@
 //! - [`clavis2`]: the daemon of a Clavis2, over UDP.
 //! - [`etsi014`]: a vendor's key manager.
 //! - [`serial`]: a device on a serial line that may be unplugged.
-//! - [`shared_memory`]: a producer process, which need not be trusted.
+//! - [`shared_memory`]: a producer process, which need not be trusted, unless its ring is a file.
 //! - [`conformance`]: the contract as a test kit, for a driver of your own.
 //! - [`advice`]: what keeps this user from a port, folder or socket, and what mends it.
 //!

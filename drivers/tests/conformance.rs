@@ -7,7 +7,7 @@ use std::{
     fs,
     io::Write,
     ops::Range,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -16,9 +16,9 @@ use std::{
     time::Duration,
 };
 
-use common::{device::Device, producer::Connected};
+use common::{device::Device, place::Place, producer::Connected};
 use qkd_drivers::{
-    DirectoryConfig, DriverConfig, KeySource, SerialConfig, SharedMemoryConfig,
+    DirectoryConfig, DriverConfig, KeySource, SerialConfig,
     conformance::{Bench, Checked, Offered, check},
     directory::Format,
 };
@@ -185,7 +185,7 @@ type Kept = BTreeMap<u64, (BlockHeader, Vec<u8>)>;
 
 /// A producer that keeps its blocks, in a thread.
 struct Ring {
-    folder: TempDir,
+    place: Place,
     kept: Arc<Mutex<Kept>>,
     hang_up: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
@@ -194,30 +194,26 @@ struct Ring {
 }
 
 impl Ring {
-    fn new() -> Self {
+    fn new(place: Place, come: fn(&Path) -> std::io::Result<Connected>) -> Self {
         let mut ring = Self {
-            folder: tempfile::tempdir().unwrap(),
+            place,
             kept: Arc::default(),
             hang_up: Arc::default(),
             stop: Arc::default(),
             thread: None,
             next: 0,
         };
-        let (path, kept) = (ring.socket(), Arc::clone(&ring.kept));
+        let (path, kept) = (ring.place.path(), Arc::clone(&ring.kept));
         let (hang_up, stop) = (Arc::clone(&ring.hang_up), Arc::clone(&ring.stop));
         ring.thread = Some(std::thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                match Connected::new(&path) {
+                match come(&path) {
                     Ok(connected) => serve(connected, &kept, &hang_up, &stop),
                     Err(_) => std::thread::sleep(Duration::from_millis(5)),
                 }
             }
         }));
         ring
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("tx-1.sock")
     }
 }
 
@@ -253,8 +249,7 @@ fn serve(mut connected: Connected, kept: &Mutex<Kept>, hang_up: &AtomicBool, sto
 
 impl Bench for Ring {
     fn open(&mut self) -> Box<dyn KeySource> {
-        let config = SharedMemoryConfig::new(self.socket());
-        DriverConfig::SharedMemory(config).open().unwrap()
+        self.place.open()
     }
 
     fn offer(&mut self, blocks: u32) -> Vec<Offered> {
@@ -325,7 +320,16 @@ async fn the_serial_driver_keeps_the_contract() {
 
 #[tokio::test]
 async fn the_shared_memory_driver_keeps_the_contract() {
-    let mut bench = Ring::new();
+    let mut bench = Ring::new(Place::new(), Connected::new);
     assert_eq!(check(&mut bench).await.unwrap(), REPLUGGED);
     assert!(bench.kept.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn the_shared_memory_driver_keeps_the_contract_in_a_file() {
+    let mut bench = Ring::new(Place::in_file(), Connected::try_file);
+    assert_eq!(check(&mut bench).await.unwrap(), REPLUGGED);
+    assert!(bench.kept.lock().unwrap().is_empty());
+    let left = fs::read_dir(bench.place.0.path()).unwrap().count();
+    assert_eq!(left, 0, "ring and FIFO go with the driver");
 }

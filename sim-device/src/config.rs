@@ -30,7 +30,7 @@ use crate::{
 /// faults = { one_sided_per_million = 8000, differing_per_million = 4000 }
 ///
 /// [transport]
-/// kind = "files"             # or "serial", "ring"
+/// kind = "files"             # or "serial", "ring" (with `socket` or `file`)
 /// directory = "/run/qkd/handover"
 /// ```
 #[derive(Debug, Clone, Deserialize)]
@@ -246,6 +246,22 @@ pub(crate) mod tests {
         assert_eq!((config.pair.first_number, config.pair.blocks), (0, None));
         assert_eq!(config.pair.faults.one_sided_per_million, 8000);
         assert!(matches!(config.transport, TransportConfig::Files(_)));
+    }
+
+    #[test]
+    fn a_ring_is_behind_a_socket_or_in_a_file() {
+        let files = "kind = \"files\"\n        directory = \"/run/qkd\"";
+        let read = |place: &str| {
+            let text = TOML.replace(files, &format!("kind = \"ring\"\n{place}"));
+            toml::from_str::<SimConfig>(&text).map(|config| config.transport)
+        };
+        let socket = RingConfig::Socket("/s".into());
+        assert_eq!(read("socket = '/s'"), Ok(TransportConfig::Ring(socket)));
+        let file = RingConfig::File("/f".into());
+        assert_eq!(read("file = '/f'"), Ok(TransportConfig::Ring(file)));
+        assert!(read("").is_err());
+        assert!(read("socket = '/s'\nfile = '/f'").is_err());
+        assert!(read("socket = '/s'\ntrusted = true").is_err());
     }
 
     #[test]

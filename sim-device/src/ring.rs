@@ -1,16 +1,20 @@
 //! A producer for the shared-memory ring.
 //!
-//! It connects to the bridge's socket, takes the ring that it is sent, and begins with the first
-//! block above the last one that the greeting names as durable; see
-//! [`qkd_handover::ring::greeting`]. When the connection ends it connects anew. A block counts as
+//! It connects to the bridge's socket and takes the ring that it is sent, or maps the file that the bridge
+//! has put at a path, and begins with the first block above the last one that the greeting names as durable;
+//! see [`qkd_handover::ring::greeting`]. When the connection ends it connects anew. A block counts as
 //! delivered when ring or greeting say that it is durable.
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    fs::File,
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     num::NonZeroU64,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
     time::{Duration, Instant},
@@ -18,13 +22,14 @@ use std::{
 
 use qkd_handover::{
     ring::{
-        Harm, Producer, WriteError,
+        Harm, IDENTITY_BYTES, Producer, WriteError, fifo_path, generation_in,
         greeting::{GREETING_BYTES, Greeting},
     },
     status::{ModuleState, Status},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{FlockOperation, Mode, OFlags, flock, open},
     io::Errno,
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix,
@@ -41,23 +46,42 @@ use crate::{
     stats::Stats,
 };
 
-/// Where the bridge listens.
+/// Where the bridge has its ring.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RingConfig {
-    /// The bridge's socket.
-    pub socket: PathBuf,
+#[serde(rename_all = "lowercase")]
+pub enum RingConfig {
+    /// Behind this socket.
+    Socket(PathBuf),
+    /// In this file.
+    File(PathBuf),
+}
+
+impl RingConfig {
+    /// The socket or file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Socket(path) | Self::File(path) => path,
+        }
+    }
+
+    /// The same, for whoever resolves relative paths.
+    pub fn path_mut(&mut self) -> &mut PathBuf {
+        match self {
+            Self::Socket(path) | Self::File(path) => path,
+        }
+    }
 }
 
 /// Why the ring cannot be filled.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
-    /// The socket cannot be connected to, for a reason that waiting does not mend.
-    #[error("cannot connect to {}", .socket.display())]
+    /// The socket cannot be connected to, or the file not used, for a reason that waiting does not mend.
+    #[error("cannot connect to {}", .path.display())]
     Connect {
-        /// The socket.
-        socket: PathBuf,
+        /// The socket or file.
+        path: PathBuf,
         /// The system's answer.
         #[source]
         source: io::Error,
@@ -112,11 +136,14 @@ pub(crate) fn run(
     };
     while !is_stopped(stop) {
         let session = module.feed.session();
-        let attached =
-            attach(&config.socket, session, stop).map_err(|source| RingError::Connect {
-                socket: config.socket.clone(),
-                source,
-            })?;
+        let attached = match config {
+            RingConfig::Socket(path) => attach(path, session, stop),
+            RingConfig::File(path) => attach_file(path, session),
+        };
+        let attached = attached.map_err(|source| RingError::Connect {
+            path: config.path().to_owned(),
+            source,
+        })?;
         let Some((greeting, ring)) = attached else {
             feed::sleep(RECONNECT_AFTER, stop);
             continue;
@@ -134,8 +161,12 @@ pub(crate) fn run(
 /// A ring that the bridge gave, for as long as the connection lasts.
 struct Ring {
     producer: Producer,
-    socket: OwnedFd,
+    /// The socket, or the FIFO: readable or broken once the bridge has ended the ring.
+    end: OwnedFd,
+    /// The eventfd, or the FIFO once more.
     wakeup: OwnedFd,
+    /// The file, locked for as long as the ring is used.
+    _file: Option<File>,
 }
 
 struct Module<'a> {
@@ -369,7 +400,7 @@ impl Ring {
 
     /// Waits so long for the connection to end. The bridge says nothing after its greeting.
     fn is_closed(&self, wait: Duration) -> bool {
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        let mut fds = [PollFd::new(&self.end, PollFlags::IN)];
         let wait = Timespec::try_from(wait).ok();
         matches!(poll(&mut fds, wait.as_ref()), Ok(1..))
     }
@@ -406,13 +437,57 @@ fn attach(
                 greeting,
                 Ring {
                     producer,
-                    socket,
+                    end: socket,
                     wakeup,
+                    _file: None,
                 },
             )))
         }
         Err(error) => {
             tracing::warn!(%error, "the bridge sent a ring that cannot be used");
+            Ok(None)
+        }
+    }
+}
+
+/// Takes the ring that stands at `path`; `None` if there is none, or one that is in use or used up.
+fn attach_file(path: &Path, session: NonZeroU64) -> io::Result<Option<(Greeting, Ring)>> {
+    let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = match open(path, flags | OFlags::RDWR, Mode::empty()) {
+        Ok(file) => File::from(file),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    };
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(None);
+    }
+    let mut head = [0; IDENTITY_BYTES];
+    let generation = match file.read_exact_at(&mut head, 0) {
+        Ok(()) => generation_in(&head),
+        Err(_) => None,
+    };
+    let Some(generation) = generation else {
+        return Ok(None);
+    };
+    // Nobody reads the FIFO of a bridge that is gone, and it cannot be opened then.
+    let flags = flags | OFlags::WRONLY | OFlags::NONBLOCK;
+    let Ok(end) = open(fifo_path(path, generation), flags, Mode::empty()) else {
+        return Ok(None);
+    };
+    match Producer::attach_file(file.as_fd(), session) {
+        Ok((producer, greeting)) => {
+            let wakeup = end.try_clone()?;
+            let ring = Ring {
+                producer,
+                end,
+                wakeup,
+                _file: Some(file),
+            };
+            ring.wake_if(true);
+            Ok(Some((greeting, ring)))
+        }
+        Err(error) => {
+            tracing::debug!(%error, "the ring is used up, or none");
             Ok(None)
         }
     }

@@ -145,9 +145,7 @@ fn play(host: impl FnOnce(Host), pair: PairConfig, role: Role) -> Snapshot {
     let config = SimConfig {
         role,
         pair,
-        transport: TransportConfig::Ring(RingConfig {
-            socket: socket.clone(),
-        }),
+        transport: TransportConfig::Ring(RingConfig::Socket(socket.clone())),
     };
     let (stop, stats) = (AtomicBool::new(false), Stats::default());
     std::thread::scope(|scope| {

@@ -20,11 +20,21 @@ pub(crate) const BLOCKS: u64 = 60;
 pub(crate) enum Transport {
     Serial,
     Ring,
+    /// In `/dev/shm`, by its name.
+    RingFile,
     Files,
 }
 
 impl Transport {
-    pub(crate) const ALL: [Self; 3] = [Self::Serial, Self::Ring, Self::Files];
+    pub(crate) const ALL: [Self; 4] = [Self::Serial, Self::Ring, Self::RingFile, Self::Files];
+
+    /// A folder that the device can be in.
+    pub(crate) fn folder(self) -> tempfile::TempDir {
+        match self {
+            Self::RingFile => tempfile::tempdir_in("/dev/shm").unwrap(),
+            _ => tempfile::tempdir().unwrap(),
+        }
+    }
 
     /// The transport of a simulated half, as its file has it.
     pub(crate) fn played(self, device: &Path) -> String {
@@ -34,6 +44,7 @@ impl Transport {
                 format!("kind = 'serial', path = '{device}', make_pty = true, retry_ms = 60")
             }
             Self::Ring => format!("kind = 'ring', socket = '{device}'"),
+            Self::RingFile => format!("kind = 'ring', file = '{device}'"),
             Self::Files => format!("kind = 'files', directory = '{device}'"),
         }
     }
@@ -48,6 +59,10 @@ impl Transport {
             Self::Ring => DriverConfig::SharedMemory(SharedMemoryConfig {
                 heartbeat_timeout_ms: 200,
                 ..SharedMemoryConfig::new(device)
+            }),
+            Self::RingFile => DriverConfig::SharedMemory(SharedMemoryConfig {
+                heartbeat_timeout_ms: 200,
+                ..SharedMemoryConfig::in_file(device)
             }),
             Self::Files => DriverConfig::Directory(DirectoryConfig {
                 rescan_interval_ms: 50,

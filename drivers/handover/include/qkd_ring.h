@@ -17,6 +17,16 @@
  *      or a later one. That the bridge has read a block is not enough.
  *   6. When the socket is closed by the bridge, unmap, close all three descriptors and begin again.
  *
+ * Where the bridge is configured to trust the producer with a file (a path in /dev/shm) there is no socket:
+ *
+ *   1. Open the file, read and write, and lock it: flock(fd, LOCK_EX | LOCK_NB). Map its whole size.
+ *   2. Take the generation from qkd_ring_generation() and open the FIFO PATH.GENERATION (in decimal) with
+ *      O_WRONLY | O_NONBLOCK. It is eventfd and socket in one: write to it where it says eventfd above;
+ *      POLLERR on it means that the bridge has ended the ring. Ignore SIGPIPE.
+ *   3. qkd_ring_attach_file() in the place of qkd_ring_attach(); the header is the greeting.
+ *
+ * If any of these fails, close all and try again later. Never truncate the file: it ends this process.
+ *
  * One producer per ring. The memory is little-endian and so must the machine be. Needs GCC or Clang.
  *
  * A key block's first bit is the top bit of its first byte; unused bits of its last byte are zero.
@@ -36,6 +46,7 @@
 #define QKD_RING_VERSION 1u
 #define QKD_RING_HEADER_BYTES 4096u
 #define QKD_RING_RECORD_ALIGN 64u
+#define QKD_RING_COPY 0x40u
 #define QKD_RING_NO_NUMBER UINT64_MAX
 #define QKD_RING_MAX_KEY_BITS (1u << 21)
 #define QKD_RING_MAX_STATUS_BYTES 1024u
@@ -75,7 +86,8 @@ struct qkd_ring_header {
 	uint64_t reserved1; /* 0x108 0 */
 	_Atomic uint64_t durable; /* 0x110 highest durable block number, or QKD_RING_NO_NUMBER */
 	_Atomic uint64_t durable_session; /* 0x118 the session that it belongs to, or 0 */
-	uint8_t pad2[0x60];
+	uint8_t pad2[0x20];
+	uint64_t copies[8]; /* 0x140 in a file: the consumer's line again, QKD_RING_COPY further on */
 
 	_Atomic uint32_t need_wakeup; /* 0x180 not 0 while the bridge sleeps, or is about to */
 };
@@ -119,6 +131,7 @@ _Static_assert(offsetof(struct qkd_ring_header, write_pos) == 0x080, "producer's
 _Static_assert(offsetof(struct qkd_ring_header, read_pos) == 0x100, "consumer's line");
 _Static_assert(offsetof(struct qkd_ring_header, session) == 0x0a0, "producer's line");
 _Static_assert(offsetof(struct qkd_ring_header, durable) == 0x110, "consumer's line");
+_Static_assert(offsetof(struct qkd_ring_header, copies) == 0x140, "consumer's line, copied");
 _Static_assert(offsetof(struct qkd_ring_header, need_wakeup) == 0x180, "a line of its own");
 _Static_assert(sizeof(struct qkd_ring_record) == 32, "record");
 _Static_assert(sizeof(struct qkd_block) == 24, "block");
@@ -132,8 +145,10 @@ struct qkd_ring_producer {
 	uint64_t generation;
 	uint64_t session;
 	uint64_t write_pos;
+	uint64_t read_seen;
 	uint64_t seq;
 	uint64_t resume_after;
+	int in_file;
 };
 
 enum qkd_ring_result {
@@ -165,10 +180,47 @@ static inline int qkd_ring_attach(struct qkd_ring_producer *p, void *memory, siz
 	p->generation = greeting->generation;
 	p->session = session;
 	p->write_pos = 0;
+	p->read_seen = 0;
 	p->seq = 0;
+	p->in_file = 0;
 	p->resume_after = greeting->session == session ? greeting->last_durable : QKD_RING_NO_NUMBER;
 	/* Before the first record, which publishes it. */
 	atomic_store_explicit(&header->session, session, memory_order_relaxed);
+	return 0;
+}
+
+/* Loads a word of the bridge's. In a file the bridge writes it by a system call, which need not be whole, and
+ * therefore twice: 0 while the two differ, and what was known before still holds. */
+static inline int qkd_ring_heard(const struct qkd_ring_producer *p, const _Atomic uint64_t *word, uint64_t *value)
+{
+	*value = atomic_load_explicit(word, memory_order_acquire);
+	return !p->in_file ||
+	       *value == atomic_load_explicit(word + QKD_RING_COPY / sizeof *word, memory_order_acquire);
+}
+
+/* The generation of the ring mapped at `memory`, for the name of its FIFO. */
+static inline uint64_t qkd_ring_generation(const void *memory)
+{
+	return ((const struct qkd_ring_header *)memory)->generation;
+}
+
+/* As qkd_ring_attach(), for a ring in a file: the greeting is in its header. A ring that another producer has
+ * used is QKD_RING_BROKEN; the bridge puts a new one in its place. */
+static inline int qkd_ring_attach_file(struct qkd_ring_producer *p, void *memory, size_t bytes, uint64_t session)
+{
+	struct qkd_ring_header *header = memory;
+	struct qkd_greeting greeting = { "QKDGREE", QKD_RING_VERSION, 0, 0, 0, 0 };
+
+	greeting.magic[7] = 'T';
+	if (bytes <= QKD_RING_HEADER_BYTES || atomic_load(&header->session) != 0)
+		return QKD_RING_BROKEN;
+	greeting.generation = header->generation;
+	p->in_file = 1;
+	if (!qkd_ring_heard(p, &header->durable_session, &greeting.session) ||
+	    !qkd_ring_heard(p, &header->durable, &greeting.last_durable) ||
+	    qkd_ring_attach(p, memory, bytes, &greeting, session) != 0)
+		return QKD_RING_BROKEN;
+	p->in_file = 1;
 	return 0;
 }
 
@@ -213,9 +265,11 @@ static inline int qkd_ring_write(struct qkd_ring_producer *p, uint32_t kind, con
 	if (len == 0 || need > p->capacity)
 		return QKD_RING_INVALID;
 	/* Acquire: the bridge has wiped what it gives back before we write there. */
-	read_pos = atomic_load_explicit(&p->header->read_pos, memory_order_acquire);
+	if (!qkd_ring_heard(p, &p->header->read_pos, &read_pos))
+		read_pos = p->read_seen;
 	if (read_pos > start || start - read_pos > p->capacity)
 		return QKD_RING_BROKEN;
+	p->read_seen = read_pos;
 	if (p->capacity - (start - read_pos) < need)
 		return QKD_RING_FULL;
 
@@ -271,13 +325,16 @@ static inline void qkd_ring_beat(struct qkd_ring_producer *p, uint64_t monotonic
 	atomic_store_explicit(&p->header->dropped, dropped_blocks, memory_order_relaxed);
 }
 
-/* Highest block number of this session that the bridge holds durably, or QKD_RING_NO_NUMBER. */
+/* Highest block number of this session that the bridge holds durably, or QKD_RING_NO_NUMBER, which says
+ * nothing new. */
 static inline uint64_t qkd_ring_durable(const struct qkd_ring_producer *p)
 {
+	uint64_t session, number;
+
 	/* Acquire: a number that was left from the session before is not seen after this. */
-	if (atomic_load_explicit(&p->header->durable_session, memory_order_acquire) != p->session)
+	if (!qkd_ring_heard(p, &p->header->durable_session, &session) || session != p->session)
 		return QKD_RING_NO_NUMBER;
-	return atomic_load_explicit(&p->header->durable, memory_order_relaxed);
+	return qkd_ring_heard(p, &p->header->durable, &number) ? number : QKD_RING_NO_NUMBER;
 }
 
 /* Number of the last block of this session that need not be sent again, or QKD_RING_NO_NUMBER if all

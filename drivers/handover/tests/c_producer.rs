@@ -76,7 +76,7 @@ fn a_producer_in_c_is_understood() {
     };
     assert_eq!(status.state, Some(ModuleState::Running));
     assert_eq!(consumer.session(), Ok(Some(SESSION)));
-    assert_eq!(consumer.producer_status().heartbeat_ns, 42);
+    assert_eq!(consumer.producer_status().unwrap().heartbeat_ns, 42);
     for number in 0..BLOCKS {
         let key_bytes = number % 400;
         let header = BlockHeader {

@@ -3,7 +3,8 @@
 //! The bridge makes the ring and listens on a Unix socket; a producer connects, is known by its user
 //! (`SO_PEERCRED`), and gets the ring's memory and an eventfd. It may be faulty or hostile: a ring
 //! that breaks a rule is thrown away together with its connection, and the next connection gets a
-//! new one of the next generation. The producer keeps its blocks until they are durable here and
+//! new one of the next generation. Or the ring is a file, for a producer that is trusted with memory that it
+//! can take away ([`SharedMemoryConfig::in_file`]); everything else is the same. The producer keeps its blocks until they are durable here and
 //! sends again, in the new ring, what was not; blocks that this driver has delivered already are not
 //! delivered twice. [`Settlement::Quarantined`] is acknowledged as [`Settlement::Dropped`] is.
 //!
@@ -11,6 +12,10 @@
 //! it is noticed that one hangs. What a dead producer had written to the end is still read, as far
 //! as there is credit.
 
+mod config;
+mod door;
+mod file;
+mod name;
 mod numbers;
 mod ring;
 mod socket;
@@ -18,111 +23,45 @@ mod socket;
 use std::{
     collections::VecDeque,
     future::Future,
-    os::fd::OwnedFd,
-    path::PathBuf,
     pin::Pin,
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use qkd_handover::{
     block::BlockHeader,
-    ring::{Consumer, MapError, ReadError as RingError, Record, greeting::Greeting},
+    ring::{ReadError as RingError, Record},
     status::Severity,
     type7,
 };
-use qkd_keyfile::{ModuleId, QkdKeyId, units::bytes_for_bits};
-use serde::Deserialize;
+use qkd_keyfile::{QkdKeyId, units::bytes_for_bits};
 use tokio::time::{Instant, Sleep, sleep_until};
 use zeroize::{Zeroize, Zeroizing};
 
+pub use self::{
+    config::{PlaceError, SharedMemoryConfig},
+    file::FileError,
+};
 use self::{
+    door::{Door, Refused},
     numbers::Numbers,
     ring::Ring,
-    socket::{Connection, Listener, is_trusted},
 };
 use crate::{
-    advice,
     config::OpenError,
     event::{Alarm, AlarmCode, CorruptReason, DetachReason, Event},
-    records::{Limits, key_block, tell_status},
+    records::{key_block, tell_status},
     source::{KeySource, ReadError, Settlement},
     waiting::Waiting,
 };
-
-/// Where producers connect, and what they get.
-///
-/// ```toml
-/// kind = "shared-memory"
-/// socket = "/run/qkd/tx-1.sock"  # the only setting without a default
-/// capacity_bytes = 4194304       # of the ring; a power of 2
-/// max_block_bits = 524288        # a longer key is dropped
-/// peer_uids = []                 # users who may connect, besides root and this user
-/// heartbeat_timeout_ms = 10000   # 0: a producer that hangs is not noticed
-/// device_id = 1                  # tells the producer whom it is taken for
-/// module = "tx-1"                # for the metadata; may be left out, as may `matching_module`
-/// matching_module = "rx-1"
-/// limits = { qber_warning_ppm = 80000, qber_absolute_ppm = 110000 }
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SharedMemoryConfig {
-    /// Path of the socket. Its folder must be one that no stranger can write to.
-    pub socket: PathBuf,
-    /// Size of the ring's data, in bytes: a power of 2 from 4 KiB to 1 GiB.
-    #[serde(default = "default_capacity_bytes")]
-    pub capacity_bytes: usize,
-    /// Longest key that is delivered, in bits.
-    #[serde(default = "default_max_block_bits")]
-    pub max_block_bits: u32,
-    /// Users who may connect, besides root and the user of this process.
-    #[serde(default)]
-    pub peer_uids: Vec<u32>,
-    /// Time after which a heartbeat that stands still means that the producer hangs, in
-    /// milliseconds; 0 for never.
-    #[serde(default = "default_heartbeat_timeout_ms")]
-    pub heartbeat_timeout_ms: u64,
-    /// Written into the ring: tells the producer whom it is taken for.
-    #[serde(default)]
-    pub device_id: u64,
-    /// QKD module ID for the metadata; the ring does not tell it.
-    #[serde(default)]
-    pub module: Option<ModuleId>,
-    /// Matching QKD module ID for the metadata.
-    #[serde(default)]
-    pub matching_module: Option<ModuleId>,
-    /// When values count as out of range.
-    #[serde(default)]
-    pub limits: Limits,
-}
-
-impl SharedMemoryConfig {
-    /// The defaults for a socket.
-    pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self {
-            socket: socket.into(),
-            capacity_bytes: default_capacity_bytes(),
-            max_block_bits: default_max_block_bits(),
-            peer_uids: Vec::new(),
-            heartbeat_timeout_ms: default_heartbeat_timeout_ms(),
-            device_id: 0,
-            module: None,
-            matching_module: None,
-            limits: Limits::default(),
-        }
-    }
-}
 
 /// The producer at the other side of a ring.
 #[derive(Debug)]
 pub struct SharedMemorySource {
     config: SharedMemoryConfig,
-    listener: Listener,
-    /// For the next producer.
-    spare: Option<(Consumer, OwnedFd)>,
+    door: Door,
     ring: Option<Ring>,
     numbers: Numbers,
-    next_generation: u64,
     /// When to look at the producer's heartbeat, or to accept one again after a fault.
     alarm: Pin<Box<Sleep>>,
     backoff: Duration,
@@ -132,11 +71,12 @@ pub struct SharedMemorySource {
 }
 
 impl SharedMemorySource {
-    /// Makes the first ring and listens.
+    /// Makes the first ring, and listens or gives it its name.
     ///
     /// # Errors
     ///
-    /// [`OpenError::Socket`], [`OpenError::Ring`] or [`OpenError::Setting`]; nothing is open.
+    /// [`OpenError::Socket`], [`OpenError::Ring`], [`OpenError::RingFile`], [`OpenError::Place`] or
+    /// [`OpenError::Setting`]; nothing is open.
     ///
     /// # Panics
     ///
@@ -149,25 +89,18 @@ impl SharedMemorySource {
                 expected: "1 to 2097152",
             });
         }
-        let generation = first_generation();
-        let spare = new_ring(config, generation).map_err(|source| OpenError::Ring {
-            path: config.socket.clone(),
-            source,
-        })?;
-        let listener = Listener::new(&config.socket, !config.peer_uids.is_empty());
+        let door = Door::open(config)?;
+        let not_sealed = door.rests_on_trust().then_some(Event::Alarm(Alarm {
+            code: AlarmCode::RingNotSealed,
+            severity: Severity::Warning,
+        }));
         Ok(Self {
-            listener: listener.map_err(|source| OpenError::Socket {
-                path: config.socket.clone(),
-                advice: advice::new_socket(&config.socket),
-                source,
-            })?,
-            spare: Some(spare),
+            door,
             ring: None,
             numbers: Numbers::default(),
-            next_generation: generation.wrapping_add(1),
             alarm: Box::pin(sleep_until(Instant::now())),
             backoff: BACKOFF_FIRST,
-            events: VecDeque::new(),
+            events: not_sealed.into_iter().collect(),
             credit_blocks: 0,
             waiting: Waiting::default(),
             config: config.clone(),
@@ -177,51 +110,23 @@ impl SharedMemorySource {
     /// Takes the next producer in, unless one is there.
     fn poll_connect(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         ready!(self.alarm.as_mut().poll(cx));
-        let Ok((socket, uid)) = ready!(self.listener.poll_accept(cx)) else {
-            // Out of descriptors, most likely.
-            self.hold_off();
-            return Poll::Ready(());
-        };
-        if !is_trusted(uid, &self.config.peer_uids) {
-            self.events.push_back(Event::Alarm(Alarm {
-                code: AlarmCode::StrangerConnected { uid },
-                severity: Severity::Security,
-            }));
-            return Poll::Ready(());
-        }
-        let spare = self.spare.take().map_or_else(|| self.make_ring(), Ok);
-        let greeted = spare.and_then(|(consumer, memory)| {
-            let greeting = Greeting {
-                generation: consumer.generation(),
-                last_durable: self.numbers.durable,
-                session: self.numbers.session(),
-            };
-            let connection = Connection::greet(socket, &greeting.encode(), &memory)
-                .map_err(|error| error.kind())?;
-            Ok(Ring::new(consumer, connection))
-        });
-        match greeted {
+        match ready!(self.door.poll(cx, &self.numbers)) {
             Ok(ring) => {
                 self.numbers.begin_ring();
                 self.ring = Some(ring);
             }
-            Err(error) => {
-                self.events.push_back(Event::Detached {
-                    reason: DetachReason::Io { error },
-                });
+            Err(Refused::Stranger { uid }) => self.events.push_back(Event::Alarm(Alarm {
+                code: AlarmCode::StrangerConnected { uid },
+                severity: Severity::Security,
+            })),
+            Err(Refused::Failed(error)) => {
+                let reason = error.map(|error| DetachReason::Io { error });
+                let detached = reason.map(|reason| Event::Detached { reason });
+                self.events.extend(detached);
                 self.hold_off();
             }
         }
         Poll::Ready(())
-    }
-
-    fn make_ring(&mut self) -> Result<(Consumer, OwnedFd), std::io::ErrorKind> {
-        let generation = self.next_generation;
-        self.next_generation = generation.wrapping_add(1);
-        new_ring(&self.config, generation).map_err(|error| match error {
-            MapError::Os { source, .. } => std::io::Error::from(source).kind(),
-            _ => std::io::ErrorKind::InvalidInput,
-        })
     }
 
     /// Notices that the producer is gone or hangs, and what it says of itself.
@@ -233,10 +138,16 @@ impl SharedMemorySource {
         if !ring.closed && ring.connection.poll_closed(cx).is_ready() {
             ring.closed = true;
             // Nobody keeps it alive: what it said last is all that it will say.
-            ring.look(&mut self.events);
+            if let Err(error) = ring.look(&mut self.events) {
+                return self.break_off(error);
+            }
         }
-        while !ring.closed && self.alarm.as_mut().poll(cx).is_ready() {
-            ring.look(&mut self.events);
+        while let Some(ring) = self.ring.as_mut().filter(|ring| !ring.closed)
+            && self.alarm.as_mut().poll(cx).is_ready()
+        {
+            if let Err(error) = ring.look(&mut self.events) {
+                return self.break_off(error);
+            }
             if !patience.is_zero() && ring.heartbeat_at.elapsed() > patience {
                 return self.detach(DetachReason::Silent);
             }
@@ -281,11 +192,7 @@ impl SharedMemorySource {
                 Err(RingError::BufferTooSmall { need, .. }) => self.skip_long_block(need),
                 Err(RingError::Block(error)) => self.tell_corrupt(None, error),
                 Err(RingError::Status(error)) => self.tell_corrupt(None, error),
-                Err(RingError::Corrupt(fault)) => {
-                    self.tell_corrupt(None, fault);
-                    self.detach(DetachReason::BrokeRules);
-                }
-                Err(_) => self.detach(DetachReason::BrokeRules),
+                Err(error) => self.break_off(error),
             }
             if !self.events.is_empty() {
                 break;
@@ -308,19 +215,19 @@ impl SharedMemorySource {
                     self.numbers.begin_session(session);
                     ring.attached = true;
                     ring.consumer.begin_session(session, self.numbers.durable);
+                    let path = self
+                        .config
+                        .path_mut()
+                        .map(|path| path.display().to_string());
                     self.events.push_back(Event::Attached {
-                        device: self.config.socket.display().to_string(),
+                        device: path.unwrap_or_default(),
                         session: Some(session.get()),
                     });
                     break;
                 }
                 Ok(None) if ring.closed => self.detach(DetachReason::Closed),
                 Ok(None) => ready!(ring.connection.poll_wakeup(cx)),
-                Err(RingError::Corrupt(fault)) => {
-                    self.tell_corrupt(None, fault);
-                    self.detach(DetachReason::BrokeRules);
-                }
-                Err(_) => self.detach(DetachReason::BrokeRules),
+                Err(error) => self.break_off(error),
             }
         }
         Poll::Ready(())
@@ -394,10 +301,20 @@ impl SharedMemorySource {
             return;
         };
         self.numbers.durable = Some(number);
-        // A ring whose session is not known is told when it is.
-        if let Some(ring) = self.ring.as_mut().filter(|ring| ring.attached) {
-            ring.consumer.set_durable(number);
+        match &mut self.ring {
+            Some(ring) if ring.attached => ring.consumer.set_durable(number),
+            // A ring whose session is not known is told when it is.
+            Some(_) => {}
+            None => self.door.set_durable(number),
         }
+    }
+
+    /// The producer broke the rules of its ring.
+    fn break_off(&mut self, error: RingError) {
+        if let RingError::Corrupt(fault) = error {
+            self.tell_corrupt(None, fault);
+        }
+        self.detach(DetachReason::BrokeRules);
     }
 
     /// Closes the connection and throws the ring away.
@@ -456,18 +373,6 @@ impl KeySource for SharedMemorySource {
     }
 }
 
-fn new_ring(config: &SharedMemoryConfig, generation: u64) -> Result<(Consumer, OwnedFd), MapError> {
-    let device = u128::from(config.device_id);
-    Consumer::create(config.capacity_bytes, generation, device)
-}
-
-/// No ring before this one had this generation or a later one. Only has to differ: no decision
-/// rests on the clock.
-fn first_generation() -> u64 {
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since_1970.map_or(1, |time| u64::try_from(time.as_nanos()).unwrap_or(1))
-}
-
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_LAST: Duration = Duration::from_secs(5);
 
@@ -476,16 +381,3 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Records that give no event, in one poll.
 const RECORDS_PER_POLL: u32 = 256;
-
-const fn default_capacity_bytes() -> usize {
-    4 << 20
-}
-
-/// 64 KiB of key.
-const fn default_max_block_bits() -> u32 {
-    1 << 19
-}
-
-const fn default_heartbeat_timeout_ms() -> u64 {
-    10_000
-}

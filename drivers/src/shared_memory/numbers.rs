@@ -33,6 +33,11 @@ impl Numbers {
         self.session = Some(session);
     }
 
+    /// The numbering of the device.
+    pub(super) const fn known_session(&self) -> Option<NonZeroU64> {
+        self.session
+    }
+
     /// The numbering of the device; 0 if none is known.
     pub(super) fn session(&self) -> u64 {
         self.session.map_or(0, NonZeroU64::get)

@@ -5,10 +5,13 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use qkd_handover::{ring::Consumer, status::ModuleState};
+use qkd_handover::{
+    ring::{Consumer, ReadError},
+    status::ModuleState,
+};
 use tokio::time::Instant;
 
-use super::socket::Connection;
+use super::door::Connection;
 use crate::event::Event;
 
 /// A ring in use.
@@ -63,8 +66,8 @@ impl Ring {
     }
 
     /// Takes note of what the producer says of itself.
-    pub(super) fn look(&mut self, events: &mut VecDeque<Event>) {
-        let status = self.consumer.producer_status();
+    pub(super) fn look(&mut self, events: &mut VecDeque<Event>) -> Result<(), ReadError> {
+        let status = self.consumer.producer_status()?;
         if status.heartbeat_ns != self.heartbeat_ns {
             self.heartbeat_ns = status.heartbeat_ns;
             self.heartbeat_at = Instant::now();
@@ -78,6 +81,7 @@ impl Ring {
         if blocks > 0 {
             events.push_back(Event::Gap { blocks });
         }
+        Ok(())
     }
 }
 

@@ -2,9 +2,9 @@
 
 use std::{
     io::{self, IoSlice},
-    os::fd::{AsFd, AsRawFd},
-    os::unix::{fs::FileTypeExt, fs::MetadataExt, fs::PermissionsExt},
-    path::{Path, PathBuf},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::unix::{fs::FileTypeExt, fs::PermissionsExt},
+    path::Path,
     task::{Context, Poll, ready},
 };
 
@@ -23,28 +23,104 @@ use tokio::{
     net::{UnixListener, UnixStream},
 };
 
-use crate::readiness::readable;
+use qkd_handover::ring::{Consumer, MapError, greeting::Greeting};
+
+use super::{
+    config::SharedMemoryConfig,
+    door::{Connection, Refused, Rings},
+    name::Name,
+    numbers::Numbers,
+    ring::Ring,
+};
+use crate::{advice, config::OpenError, readiness::readable};
+
+/// Where producers connect, and get a ring made for them.
+#[derive(Debug)]
+pub(super) struct SocketDoor {
+    listener: Listener,
+    peer_uids: Vec<u32>,
+    rings: Rings,
+    /// For the next producer.
+    spare: Option<(Consumer, OwnedFd)>,
+}
 
 /// A listening `SOCK_SEQPACKET` socket, whose file goes away with it.
 #[derive(Debug)]
-pub(super) struct Listener {
+struct Listener {
     // tokio's type for stream sockets: accepting, credentials and readiness are the same.
     socket: UnixListener,
-    path: PathBuf,
-    device_inode: (u64, u64),
+    _name: Name,
 }
 
 /// A producer that was given its ring.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct SocketConnection {
     socket: UnixStream,
     wakeup: AsyncFd<EventFd>,
+}
+
+impl SocketDoor {
+    /// Makes the first ring and listens.
+    pub(super) fn open(config: &SharedMemoryConfig, path: &Path) -> Result<Self, OpenError> {
+        let mut rings = Rings::new(config);
+        let ring = |source| OpenError::Ring {
+            path: path.to_owned(),
+            source,
+        };
+        let spare = rings.in_memory().map_err(ring)?;
+        let listener = Listener::new(path, !config.peer_uids.is_empty());
+        Ok(Self {
+            listener: listener.map_err(|source| OpenError::Socket {
+                path: path.to_owned(),
+                advice: advice::new_socket(path),
+                source,
+            })?,
+            peer_uids: config.peer_uids.clone(),
+            rings,
+            spare: Some(spare),
+        })
+    }
+
+    /// The next producer.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        numbers: &Numbers,
+    ) -> Poll<Result<Ring, Refused>> {
+        let Ok((socket, uid)) = ready!(self.listener.poll_accept(cx)) else {
+            // Out of descriptors, most likely.
+            return Poll::Ready(Err(Refused::Failed(None)));
+        };
+        if !is_trusted(uid, &self.peer_uids) {
+            return Poll::Ready(Err(Refused::Stranger { uid }));
+        }
+        let greeted = self.greet(socket, numbers);
+        Poll::Ready(greeted.map_err(|error| Refused::Failed(Some(error.kind()))))
+    }
+
+    fn greet(&mut self, socket: UnixStream, numbers: &Numbers) -> io::Result<Ring> {
+        let spare = self.spare.take();
+        let (consumer, memory) =
+            spare
+                .map_or_else(|| self.rings.in_memory(), Ok)
+                .map_err(|error| match error {
+                    MapError::Os { source, .. } => source.into(),
+                    _ => io::Error::from(io::ErrorKind::InvalidInput),
+                })?;
+        let greeting = Greeting {
+            generation: consumer.generation(),
+            last_durable: numbers.durable,
+            session: numbers.session(),
+        };
+        let connection = SocketConnection::greet(socket, &greeting.encode(), &memory)?;
+        Ok(Ring::new(consumer, Connection::Socket(connection)))
+    }
 }
 
 impl Listener {
     /// Listens at `path`, in place of a socket that nobody listens at any more. Others than this
     /// user and root can connect only if `open_to_all`.
-    pub(super) fn new(path: &Path, open_to_all: bool) -> io::Result<Self> {
+    fn new(path: &Path, open_to_all: bool) -> io::Result<Self> {
         let address = UnixAddr::new(path)?;
         if fs_says_socket(path) {
             match connect(new_socket()?.as_raw_fd(), &address) {
@@ -58,35 +134,23 @@ impl Listener {
         let mode = if open_to_all { 0o666 } else { 0o600 };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
         listen(&socket, Backlog::new(1)?)?;
-        let metadata = std::fs::symlink_metadata(path)?;
         Ok(Self {
+            _name: Name::of(path)?,
             socket: UnixListener::from_std(socket.into())?,
-            path: path.to_owned(),
-            device_inode: (metadata.dev(), metadata.ino()),
         })
     }
 
     /// The next connection, and the user at its other end.
-    pub(super) fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(UnixStream, u32)>> {
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(UnixStream, u32)>> {
         let (socket, _) = ready!(self.socket.poll_accept(cx))?;
         let uid = socket.peer_cred()?.uid();
         Poll::Ready(Ok((socket, uid)))
     }
 }
 
-impl Drop for Listener {
-    fn drop(&mut self) {
-        let same =
-            |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino()) == self.device_inode;
-        if std::fs::symlink_metadata(&self.path).is_ok_and(same) {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-impl Connection {
+impl SocketConnection {
     /// Hands a producer its ring: the greeting, with the memory and the eventfd.
-    pub(super) fn greet(socket: UnixStream, greeting: &[u8], ring: &impl AsFd) -> io::Result<Self> {
+    fn greet(socket: UnixStream, greeting: &[u8], ring: &impl AsFd) -> io::Result<Self> {
         let wakeup = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let descriptors = [ring.as_fd().as_raw_fd(), wakeup.as_fd().as_raw_fd()];
         let sent = sendmsg::<UnixAddr>(
@@ -140,7 +204,7 @@ impl Connection {
     }
 }
 
-fn new_socket() -> nix::Result<std::os::fd::OwnedFd> {
+fn new_socket() -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
 }

@@ -18,15 +18,29 @@ use super::{
 pub(crate) const WRITE_POSITION: u64 = 0x080;
 pub(crate) const DATA: u64 = 4096;
 
-pub(crate) struct Place(pub(crate) TempDir);
+pub(crate) struct Place(pub(crate) TempDir, Way);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Socket,
+    File,
+}
 
 impl Place {
     pub(crate) fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self(tempfile::tempdir().unwrap(), Way::Socket)
+    }
+
+    /// A place for a ring in a file.
+    pub(crate) fn in_file() -> Self {
+        Self(tempfile::tempdir_in("/dev/shm").unwrap(), Way::File)
     }
 
     pub(crate) fn path(&self) -> PathBuf {
-        self.0.path().join("tx-1.sock")
+        self.0.path().join(match self.1 {
+            Way::Socket => "tx-1.sock",
+            Way::File => "tx-1.ring",
+        })
     }
 
     pub(crate) fn config(&self) -> SharedMemoryConfig {
@@ -34,7 +48,10 @@ impl Place {
             capacity_bytes: 1 << 16,
             module: Some("tx-1".parse().unwrap()),
             matching_module: Some("rx-1".parse().unwrap()),
-            ..SharedMemoryConfig::new(self.path())
+            ..match self.1 {
+                Way::Socket => SharedMemoryConfig::new(self.path()),
+                Way::File => SharedMemoryConfig::in_file(self.path()),
+            }
         }
     }
 
@@ -51,8 +68,11 @@ impl Place {
 
     /// Connects a producer while the driver takes it in.
     pub(crate) async fn connect(&self, source: &mut dyn KeySource) -> Connected {
-        let path = self.path();
-        let producer = tokio::task::spawn_blocking(move || Connected::new(&path).unwrap());
+        let (path, way) = (self.path(), self.1);
+        let producer = tokio::task::spawn_blocking(move || match way {
+            Way::Socket => Connected::new(&path).unwrap(),
+            Way::File => Connected::in_file(&path).unwrap(),
+        });
         assert_eq!(event(source).await.0, self.attached());
         producer.await.unwrap()
     }

@@ -1,20 +1,22 @@
 //! A producer at the socket of a ring: well-behaved by itself, and with a way to misbehave.
 
 use std::{
+    fs::OpenOptions,
     io::IoSliceMut,
     mem::MaybeUninit,
     num::NonZeroU64,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::FileExt,
+        unix::fs::{FileExt, OpenOptionsExt},
     },
     path::Path,
 };
 
 use qkd_handover::ring::{
-    Producer, WriteError,
+    IDENTITY_BYTES, Producer, WriteError, fifo_path, generation_in,
     greeting::{GREETING_BYTES, Greeting},
 };
+use rustix::fs::{FlockOperation, flock};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix,
     SocketFlags, SocketType, connect, recvmsg, socket_with,
@@ -23,7 +25,7 @@ use rustix::net::{
 /// What a device numbers its blocks in that has never begun anew.
 pub(crate) const SESSION: NonZeroU64 = NonZeroU64::new(0x51).unwrap();
 
-/// One connection.
+/// One connection. At a file, the FIFO is socket and eventfd in one.
 pub(crate) struct Connected {
     pub(crate) producer: Producer,
     pub(crate) greeting: Greeting,
@@ -75,6 +77,44 @@ impl Connected {
             memory: memory.into(),
             wakeup,
             socket,
+        })
+    }
+
+    /// Comes to the ring in the file at `path`, as soon as there is one that nobody has used.
+    pub(crate) fn in_file(path: &Path) -> std::io::Result<Self> {
+        let began = std::time::Instant::now();
+        loop {
+            match Self::try_file(path) {
+                Err(_) if began.elapsed().as_secs() < 20 => {
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// The same, at once or not at all.
+    pub(crate) fn try_file(path: &Path) -> std::io::Result<Self> {
+        let memory = OpenOptions::new().read(true).write(true).open(path)?;
+        flock(&memory, FlockOperation::NonBlockingLockExclusive)?;
+        let mut head = [0; IDENTITY_BYTES];
+        memory.read_exact_at(&mut head, 0)?;
+        let generation = generation_in(&head).ok_or(std::io::ErrorKind::InvalidData)?;
+        let fifo = fifo_path(path, generation);
+        let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
+        let fifo = OpenOptions::new()
+            .write(true)
+            .custom_flags(flags)
+            .open(fifo)?;
+        let (producer, greeting) = Producer::attach_file(memory.as_fd(), SESSION)
+            .map_err(|_| std::io::ErrorKind::InvalidData)?;
+        rustix::io::write(&fifo, &1_u64.to_ne_bytes())?;
+        Ok(Self {
+            producer,
+            greeting,
+            memory,
+            wakeup: fifo.try_clone()?.into(),
+            socket: fifo.into(),
         })
     }
 

@@ -35,7 +35,7 @@ pub(super) enum BringUpError {
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error(
-        "cannot tell what {} is: give --kind serial, directory or shared-memory",
+        "cannot tell what {} is: give --kind serial, directory, shared-memory or shared-memory-file",
         .0.display()
     )]
     Kind(PathBuf),
@@ -83,7 +83,8 @@ impl BringUpError {
 /// Which module, and for how long.
 #[derive(Debug, clap::Args)]
 pub(super) struct DeviceArgs {
-    /// A serial port, the folder of hand-over files, or the socket at which producers are to connect.
+    /// A serial port, the folder of hand-over files, the socket at which producers are to connect, or the
+    /// file of a ring for a producer that is trusted with one.
     #[arg(value_name = "DEVICE", required_unless_present = "driver")]
     device: Option<PathBuf>,
     /// What it is, where its path does not tell.
@@ -115,6 +116,7 @@ enum Kind {
     Serial,
     Directory,
     SharedMemory,
+    SharedMemoryFile,
 }
 
 impl Kind {
@@ -123,6 +125,7 @@ impl Kind {
             Self::Serial => "serial",
             Self::Directory => "directory",
             Self::SharedMemory => "shared-memory",
+            Self::SharedMemoryFile => "shared-memory-file",
         }
     }
 
@@ -130,6 +133,7 @@ impl Kind {
         let Ok(metadata) = path.metadata() else {
             let text = path.to_string_lossy();
             return match () {
+                () if text.ends_with(".ring") => Some(Self::SharedMemoryFile),
                 () if text.starts_with("/dev/") => Some(Self::Serial),
                 () if text.ends_with(".sock") => Some(Self::SharedMemory),
                 () => None,
@@ -180,6 +184,8 @@ impl DeviceArgs {
             Kind::Serial => advice::port(&device),
             Kind::Directory => advice::folder(&device),
             Kind::SharedMemory => advice::new_socket(&device),
+            // Opening it says what is wrong.
+            Kind::SharedMemoryFile => None,
         };
         if let Some(advice) = advice {
             return Err(BringUpError::Advice { device, advice });
@@ -192,6 +198,9 @@ impl DeviceArgs {
             }),
             Kind::Directory => DriverConfig::Directory(DirectoryConfig::new(device)),
             Kind::SharedMemory => DriverConfig::SharedMemory(SharedMemoryConfig::new(device)),
+            Kind::SharedMemoryFile => {
+                DriverConfig::SharedMemory(SharedMemoryConfig::in_file(device))
+            }
         };
         Ok((kind.name().to_owned(), config))
     }

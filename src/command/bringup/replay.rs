@@ -49,6 +49,7 @@ enum Over {
     Serial,
     Directory,
     SharedMemory,
+    SharedMemoryFile,
     Clavis2,
 }
 
@@ -95,6 +96,7 @@ impl ReplayArgs {
         let over = self.over.unwrap_or(match trace.kind.as_str() {
             "directory" => Over::Directory,
             "shared-memory" => Over::SharedMemory,
+            "shared-memory-file" => Over::SharedMemoryFile,
             "clavis2" => Over::Clavis2,
             // A key manager, or a driver of somebody's own: played over a line.
             _ => Over::Serial,
@@ -109,9 +111,8 @@ impl ReplayArgs {
                 TransportConfig::Serial(config)
             }
             Over::Directory => TransportConfig::Files(FilesConfig::new(&self.to)),
-            Over::SharedMemory => TransportConfig::Ring(RingConfig {
-                socket: self.to.clone(),
-            }),
+            Over::SharedMemory => TransportConfig::Ring(RingConfig::Socket(self.to.clone())),
+            Over::SharedMemoryFile => TransportConfig::Ring(RingConfig::File(self.to.clone())),
             Over::Clavis2 => {
                 let to = self.to.to_string_lossy();
                 let listen = to

@@ -247,7 +247,7 @@ fn resolved(mut transport: TransportConfig, base: &Path) -> TransportConfig {
     let path = match &mut transport {
         TransportConfig::Files(config) => &mut config.directory,
         TransportConfig::Serial(config) => &mut config.path,
-        TransportConfig::Ring(config) => &mut config.socket,
+        TransportConfig::Ring(config) => config.path_mut(),
         TransportConfig::Clavis2(_) => return transport,
     };
     *path = base.join(&*path);

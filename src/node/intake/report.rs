@@ -155,6 +155,7 @@ fn code(code: &AlarmCode) -> &str {
         AlarmCode::CannotQuarantine { .. } => "cannot-quarantine",
         AlarmCode::CannotSettle { .. } => "cannot-settle",
         AlarmCode::StrangerConnected { .. } => "stranger-connected",
+        AlarmCode::RingNotSealed => "ring-not-sealed",
         AlarmCode::CannotKeepNumbering { .. } => "cannot-keep-numbering",
         _ => "other",
     }

@@ -1,18 +1,20 @@
 //! The bridge's half of the ring, which trusts nothing it reads there.
 
-use std::{num::NonZeroU64, os::fd::OwnedFd};
+use std::{fs::File, num::NonZeroU64, os::fd::OwnedFd};
 
 use super::{
     KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER, RECORD_ALIGN_BYTES,
     RECORD_HEADER_BYTES, VERSION_WORD, at, checked_head,
+    fault::{ReadError, RingFault},
     memory::{MapError, Memory},
+    reach::Reach,
     record_bytes,
     sync::{Ordering, fence},
 };
 use crate::{
-    block::{self, BlockError, BlockHeader},
+    block::{self, BlockHeader},
     check::crc32c,
-    status::{MAX_STATUS_BYTES, ModuleState, Status, StatusError},
+    status::{MAX_STATUS_BYTES, ModuleState, Status},
     wipe,
 };
 
@@ -21,7 +23,7 @@ use crate::{
 /// All it goes by are its own copies: positions, sequence number, generation and capacity are never
 /// read back from the shared memory.
 pub struct Consumer {
-    memory: Memory,
+    memory: Reach,
     capacity_bytes: usize,
     generation: u64,
     read_pos: u64,
@@ -43,95 +45,6 @@ pub enum Record {
     Status(Status),
     /// No more blocks come.
     End,
-}
-
-/// Why no record was read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReadError {
-    /// The buffer cannot hold the next key. Nothing was consumed; call again with a longer one.
-    #[error("buffer holds {have} bytes, the next key has {need}")]
-    BufferTooSmall {
-        /// Length of the buffer.
-        have: usize,
-        /// Length of the key.
-        need: usize,
-    },
-    /// An intact record holds no valid block. It was dropped; the next call reads the next.
-    #[error(transparent)]
-    Block(#[from] BlockError),
-    /// An intact record holds no valid status. It was dropped; the next call reads the next.
-    #[error(transparent)]
-    Status(#[from] StatusError),
-    /// The ring cannot be read any more. Latched: close the connection and make a new ring.
-    #[error("the ring is corrupt")]
-    Corrupt(#[source] RingFault),
-}
-
-/// How a producer broke the rules of the ring.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum RingFault {
-    /// The write position went back, jumped ahead, or is not that of a record.
-    #[error("write position {write_pos} after {seen}, read position {read_pos}")]
-    WritePosition {
-        /// What was found.
-        write_pos: u64,
-        /// What had been found before.
-        seen: u64,
-        /// What has been read.
-        read_pos: u64,
-    },
-    /// A payload that is empty, too long for its kind, or longer than what was written.
-    #[error("record {seq}: payload of {len} bytes")]
-    Length {
-        /// The record.
-        seq: u64,
-        /// The length found.
-        len: u32,
-    },
-    /// A kind that does not exist.
-    #[error("record {seq}: kind {kind}")]
-    Kind {
-        /// The record.
-        seq: u64,
-        /// The kind found.
-        kind: u32,
-    },
-    /// A record that is not the next.
-    #[error("record {got} where {want} is due")]
-    Sequence {
-        /// The number found.
-        got: u64,
-        /// The number due.
-        want: u64,
-    },
-    /// Records without a session, or with another one than before in the same ring.
-    #[error("session {got} in a ring of session {want}")]
-    Session {
-        /// The session found.
-        got: u64,
-        /// The one before; 0 if there was none.
-        want: u64,
-    },
-    /// A record of another ring.
-    #[error("record of generation {got} in a ring of generation {want}")]
-    Generation {
-        /// The generation found.
-        got: u64,
-        /// The ring's.
-        want: u64,
-    },
-    /// A record that is not what was written, or was not written whole.
-    #[error("record {seq}: check sequence {got:#010x}, expected {want:#010x}")]
-    Checksum {
-        /// The record.
-        seq: u64,
-        /// In the record.
-        got: u32,
-        /// Computed.
-        want: u32,
-    },
 }
 
 /// What the producer says of itself. Claims, each for itself.
@@ -169,15 +82,35 @@ impl Consumer {
         device: u128,
     ) -> Result<(Self, OwnedFd), MapError> {
         let (memory, fd) = Memory::create(capacity_bytes)?;
-        Ok((Self::over(memory, capacity_bytes, generation, device), fd))
+        let reach = Reach::Sealed(memory);
+        let consumer = Self::over(reach, capacity_bytes, generation, device);
+        Ok((consumer.map_err(MapError::Unreachable)?, fd))
     }
 
-    pub(super) fn over(
-        memory: Memory,
+    /// Makes a ring in an empty file on a `tmpfs`. It cannot be sealed, so this side never maps it: see
+    /// `reach`. When this returns, the header says all that a greeting would
+    /// ([`begin_session`](Self::begin_session) gives it what is durable): now the file may get its name.
+    ///
+    /// # Errors
+    ///
+    /// See [`MapError`]; the file is of no use.
+    pub fn in_file(
+        file: File,
         capacity_bytes: usize,
         generation: u64,
         device: u128,
-    ) -> Self {
+    ) -> Result<Self, MapError> {
+        let reach = Reach::file(file, capacity_bytes)?;
+        let consumer = Self::over(reach, capacity_bytes, generation, device);
+        consumer.map_err(MapError::Unreachable)
+    }
+
+    pub(super) fn over(
+        memory: Reach,
+        capacity_bytes: usize,
+        generation: u64,
+        device: u128,
+    ) -> Result<Self, RingFault> {
         let [d0, d1] = [0, 64].map(|shift| u64::try_from(device >> shift & u128::from(u64::MAX)));
         let words = [
             (at::MAGIC, u64::from_le_bytes(MAGIC)),
@@ -186,13 +119,14 @@ impl Consumer {
             (at::GENERATION, generation),
             (at::DEVICE, d0.unwrap_or(0)),
             (at::DEVICE + 8, d1.unwrap_or(0)),
-            (at::DURABLE, NO_NUMBER),
         ];
         for (offset, value) in words {
-            // ORDERING: Relaxed; the producer maps the memory after it is sent the descriptor.
-            memory.word(offset).store(value, Ordering::Relaxed);
+            // ORDERING: Relaxed; the producer maps the memory after it is sent the descriptor, or finds
+            // the file's name.
+            memory.store(offset, value, Ordering::Relaxed)?;
         }
-        Self {
+        memory.say(at::DURABLE, NO_NUMBER, Ordering::Relaxed)?;
+        Ok(Self {
             memory,
             capacity_bytes,
             generation,
@@ -202,7 +136,7 @@ impl Consumer {
             session: None,
             wants_wakeup: false,
             fault: None,
-        }
+        })
     }
 
     /// The ring's generation, for the greeting.
@@ -222,9 +156,8 @@ impl Consumer {
             return Err(ReadError::Corrupt(fault));
         }
         if self.session.is_none() {
-            self.pending_bytes()
-                .inspect_err(|fault| self.fault = Some(*fault))
-                .map_err(ReadError::Corrupt)?;
+            let looked = self.pending_bytes().map(drop);
+            self.latch(looked)?;
         }
         Ok(self.session)
     }
@@ -234,9 +167,11 @@ impl Consumer {
     pub fn begin_session(&mut self, session: NonZeroU64, durable: Option<u64>) {
         self.set_durable(durable.unwrap_or(NO_NUMBER));
         // ORDERING: Release; pairs with the Acquire load in `Producer::durable`.
-        self.memory
-            .word(at::DURABLE_SESSION)
-            .store(session.get(), Ordering::Release);
+        let said = self
+            .memory
+            .say(at::DURABLE_SESSION, session.get(), Ordering::Release);
+        // What cannot be said is latched, and the next `read` tells it.
+        let _ = self.latch(said);
     }
 
     /// Reads the next record; `None` if there is none. A block's key goes to the front of
@@ -269,49 +204,67 @@ impl Consumer {
     ///
     /// The wish ends with the next record that is read.
     pub fn prepare_wait(&mut self) -> bool {
-        self.set_need_wakeup(true);
+        let looked = self.is_empty_after_wish();
+        // A faulty position is for `read` to find.
+        self.latch(looked) == Ok(true) && self.fault.is_none()
+    }
+
+    fn is_empty_after_wish(&mut self) -> Result<bool, RingFault> {
+        self.memory.check()?;
+        self.set_need_wakeup(true)?;
         // ORDERING: pairs with the fence in `Producer::write`: either the load below sees its
         // record, or it sees our wish and wakes us.
         fence(Ordering::SeqCst);
         // ORDERING: Relaxed; ordered by the fence, and `read` looks again before it reads records.
-        let write_pos = self.memory.word(at::WRITE_POS).load(Ordering::Relaxed);
-        // A faulty position is for `read` to find.
-        write_pos == self.read_pos && self.fault.is_none()
+        let write_pos = self.memory.load(at::WRITE_POS, Ordering::Relaxed)?;
+        Ok(write_pos == self.read_pos)
     }
 
     /// Tells the producer that every block up to `number` is durable, in the session that
     /// [`begin_session`](Self::begin_session) named last.
     pub fn set_durable(&mut self, number: u64) {
         // ORDERING: Relaxed; the word stands by itself, see `Producer::durable`.
-        self.memory
-            .word(at::DURABLE)
-            .store(number, Ordering::Relaxed);
+        let said = self.memory.say(at::DURABLE, number, Ordering::Relaxed);
+        // What cannot be said is latched, and the next `read` tells it.
+        let _ = self.latch(said);
     }
 
     /// What the producer says of itself.
-    #[must_use]
-    pub fn producer_status(&self) -> ProducerStatus {
+    ///
+    /// # Errors
+    ///
+    /// [`ReadError::Corrupt`], latched.
+    pub fn producer_status(&mut self) -> Result<ProducerStatus, ReadError> {
+        let status = self.memory.check().and_then(|()| self.said_of_itself());
+        self.latch(status)
+    }
+
+    fn said_of_itself(&self) -> Result<ProducerStatus, RingFault> {
         // ORDERING: Relaxed; each word stands by itself, see `Producer::beat`.
-        let word = |offset| self.memory.word(offset).load(Ordering::Relaxed);
-        ProducerStatus {
-            heartbeat_ns: word(at::HEARTBEAT),
-            state: match word(at::STATE) & u64::from(u32::MAX) {
+        let word = |offset| self.memory.load(offset, Ordering::Relaxed);
+        Ok(ProducerStatus {
+            heartbeat_ns: word(at::HEARTBEAT)?,
+            state: match word(at::STATE)? & u64::from(u32::MAX) {
                 1 => Some(ModuleState::Starting),
                 2 => Some(ModuleState::Running),
                 3 => Some(ModuleState::Fault),
                 4 => Some(ModuleState::Stopped),
                 _ => None,
             },
-            dropped_blocks: word(at::DROPPED),
-        }
+            dropped_blocks: word(at::DROPPED)?,
+        })
+    }
+
+    fn latch<T>(&mut self, result: Result<T, RingFault>) -> Result<T, ReadError> {
+        Ok(result.inspect_err(|fault| self.fault = Some(*fault))?)
     }
 
     fn read_next(&mut self, key_out: &mut [u8]) -> Result<Option<Record>, ReadError> {
-        let pending_bytes = self.pending_bytes().map_err(ReadError::Corrupt)?;
+        let pending_bytes = self.pending_bytes()?;
         if pending_bytes == 0 {
             return Ok(None);
         }
-        let claim = self.claim();
+        let claim = self.claim()?;
         let payload_bytes = self.check(&claim, pending_bytes)?;
         let payload = self.read_pos + RECORD_HEADER_BYTES as u64;
         let checked = checked_head(claim.len, claim.kind, claim.seq, claim.generation);
@@ -322,15 +275,15 @@ impl Consumer {
             let Some(key) = key_out.get_mut(..need) else {
                 return Err(ReadError::BufferTooSmall { have, need });
             };
-            self.copy_out(payload, &mut head);
-            self.copy_out(payload + head.len() as u64, key);
+            self.copy_out(payload, &mut head)?;
+            self.copy_out(payload + head.len() as u64, key)?;
             self.accept(&claim, crc32c(&[&checked, &head, key]))?;
             let header = BlockHeader::decode_parts(&head, key)?;
             return Ok(Some(Record::Block(header)));
         }
         let mut text = [0; MAX_STATUS_BYTES];
         let text = &mut text[..payload_bytes];
-        self.copy_out(payload, text);
+        self.copy_out(payload, text)?;
         self.accept(&claim, crc32c(&[&checked, text]))?;
         Ok(Some(if claim.kind == KIND_STATUS {
             // A lone line end stands for an empty status.
@@ -349,7 +302,7 @@ impl Consumer {
         }
         // ORDERING: Acquire pairs with the Release store in `Producer::write`: the records before
         // this position are written.
-        let write_pos = self.memory.word(at::WRITE_POS).load(Ordering::Acquire);
+        let write_pos = self.memory.load(at::WRITE_POS, Ordering::Acquire)?;
         let pending = write_pos.wrapping_sub(self.read_pos);
         let possible = write_pos >= self.write_seen
             && pending <= self.capacity_bytes as u64
@@ -362,7 +315,7 @@ impl Consumer {
             });
         }
         // ORDERING: Relaxed; written before the first record, and published with it.
-        let got = self.memory.word(at::SESSION).load(Ordering::Relaxed);
+        let got = self.memory.load(at::SESSION, Ordering::Relaxed)?;
         let want = self.session.map_or(0, NonZeroU64::get);
         if got != want && want != 0 || got == 0 && pending > 0 {
             return Err(RingFault::Session { got, want });
@@ -372,9 +325,9 @@ impl Consumer {
         Ok(pending)
     }
 
-    fn claim(&self) -> Claim {
+    fn claim(&self) -> Result<Claim, RingFault> {
         let mut head = [0; RECORD_HEADER_BYTES];
-        self.copy_out(self.read_pos, &mut head);
+        self.copy_out(self.read_pos, &mut head)?;
         let [
             l0,
             l1,
@@ -406,13 +359,13 @@ impl Consumer {
             c3,
             ..,
         ] = head;
-        Claim {
+        Ok(Claim {
             len: u32::from_le_bytes([l0, l1, l2, l3]),
             kind: u32::from_le_bytes([k0, k1, k2, k3]),
             seq: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
             generation: u64::from_le_bytes([g0, g1, g2, g3, g4, g5, g6, g7]),
             crc: u32::from_le_bytes([c0, c1, c2, c3]),
-        }
+        })
     }
 
     /// The payload's length in bytes, if the claim fits this ring at this place.
@@ -452,44 +405,45 @@ impl Consumer {
                 want,
             }));
         }
-        self.consume(record_bytes(claim.len as usize));
+        self.consume(record_bytes(claim.len as usize))?;
         if self.wants_wakeup {
-            self.set_need_wakeup(false);
+            self.set_need_wakeup(false)?;
         }
         Ok(())
     }
 
-    fn consume(&mut self, record_bytes: usize) {
+    fn consume(&mut self, record_bytes: usize) -> Result<(), RingFault> {
         self.memory
-            .wipe(self.capacity_bytes, self.read_pos, record_bytes);
+            .wipe(self.capacity_bytes, self.read_pos, record_bytes)?;
         self.read_pos += record_bytes as u64;
         self.seq += 1;
         // ORDERING: Release gives the wiped room back; pairs with the Acquire load in
         // `Producer::look_at_reader`.
         self.memory
-            .word(at::READ_POS)
-            .store(self.read_pos, Ordering::Release);
+            .say(at::READ_POS, self.read_pos, Ordering::Release)
     }
 
-    fn copy_out(&self, position: u64, out: &mut [u8]) {
-        self.memory.copy_out(self.capacity_bytes, position, out);
+    fn copy_out(&self, position: u64, out: &mut [u8]) -> Result<(), RingFault> {
+        self.memory.copy_out(self.capacity_bytes, position, out)
     }
 
-    fn set_need_wakeup(&mut self, wanted: bool) {
+    fn set_need_wakeup(&mut self, wanted: bool) -> Result<(), RingFault> {
         self.wants_wakeup = wanted;
         // ORDERING: Relaxed; `prepare_wait` orders it with a fence, and taking the wish back late
         // costs a wake-up only.
         self.memory
-            .word(at::NEED_WAKEUP)
-            .store(u64::from(wanted), Ordering::Relaxed);
+            .store(at::NEED_WAKEUP, u64::from(wanted), Ordering::Relaxed)
     }
 }
 
 impl Drop for Consumer {
     fn drop(&mut self) {
-        // What was not read comes again in another ring.
-        self.memory
-            .wipe(self.capacity_bytes, 0, self.capacity_bytes);
+        // What was not read comes again in another ring. A file that was cut off has lost it already.
+        if self.memory.check().is_ok() {
+            let _ = self
+                .memory
+                .wipe(self.capacity_bytes, 0, self.capacity_bytes);
+        }
     }
 }
 

@@ -3,7 +3,12 @@
 //! With [`copy`], the one place with unsafe code. There is no way from here to a `&[u8]`: the other process may
 //! write at any time, and a reference would promise that nobody does.
 
-use super::{MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, copy, sync::AtomicU64};
+use std::io;
+
+use memmap2::{Advice, MmapRaw};
+use nix::errno::Errno;
+
+use super::{MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, copy, fault::RingFault, sync::AtomicU64};
 
 /// Why the memory of a ring could not be had. Nothing stays mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -28,8 +33,11 @@ pub enum MapError {
         step: &'static str,
         /// The kernel's answer.
         #[source]
-        source: nix::errno::Errno,
+        source: Errno,
     },
+    /// A file that was cut off while its header was written.
+    #[error(transparent)]
+    Unreachable(RingFault),
 }
 
 impl Memory {
@@ -69,6 +77,48 @@ impl Memory {
     }
 }
 
+/// Where a position is in the data, and how many of `len_bytes` from there on are before the data's end.
+pub(super) fn front(position: u64, capacity: usize, len_bytes: usize) -> (usize, usize) {
+    let place = place(position, capacity);
+    (place, len_bytes.min(capacity - place))
+}
+
+pub(super) fn check_capacity(capacity_bytes: usize) -> Result<(), MapError> {
+    let fits = (MIN_CAPACITY_BYTES..=MAX_CAPACITY_BYTES).contains(&capacity_bytes);
+    if fits && capacity_bytes.is_power_of_two() {
+        Ok(())
+    } else {
+        Err(MapError::Capacity { capacity_bytes })
+    }
+}
+
+/// Keeps key out of core dumps, and out of swap where the lock limit allows.
+pub(super) fn protect(map: &MmapRaw) -> Result<(), MapError> {
+    map.advise(Advice::DontDump).map_err(io_error("protect"))?;
+    let locked = map.lock().map_err(|error| errno_of(&error));
+    match locked {
+        // The limit is for the key pool; what passes through here stays a moment.
+        Ok(()) | Err(Errno::ENOMEM | Errno::EPERM | Errno::EAGAIN) => Ok(()),
+        Err(source) => Err(MapError::Os {
+            step: "lock",
+            source,
+        }),
+    }
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    error
+        .raw_os_error()
+        .map_or(Errno::UnknownErrno, Errno::from_raw)
+}
+
+pub(super) fn io_error(step: &'static str) -> impl FnOnce(io::Error) -> MapError {
+    move |error| MapError::Os {
+        step,
+        source: errno_of(&error),
+    }
+}
+
 /// Where a position is in the data.
 #[expect(clippy::cast_possible_truncation, reason = "below the capacity")]
 const fn place(position: u64, capacity: usize) -> usize {
@@ -83,10 +133,9 @@ pub(super) use modelled::Memory;
 #[cfg(not(loom))]
 #[allow(unsafe_code)]
 mod mapped {
-    use std::io;
     use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-    use memmap2::{Advice, MmapOptions, MmapRaw};
+    use memmap2::{MmapOptions, MmapRaw};
     use nix::{
         errno::Errno,
         fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
@@ -97,15 +146,15 @@ mod mapped {
         unistd::ftruncate,
     };
 
-    use super::{super::HEADER_BYTES, AtomicU64, MAX_CAPACITY_BYTES, MIN_CAPACITY_BYTES, MapError};
+    use super::{super::HEADER_BYTES, AtomicU64, MapError};
 
-    /// A shared mapping of a memfd that cannot shrink.
+    /// A shared mapping of a memfd that cannot shrink, or of a file that nobody should cut off.
     pub(in super::super) struct Memory(MmapRaw);
 
     impl Memory {
         /// Makes zeroed memory for a ring and seals its size.
         pub(in super::super) fn create(capacity_bytes: usize) -> Result<(Self, OwnedFd), MapError> {
-            check_capacity(capacity_bytes)?;
+            super::check_capacity(capacity_bytes)?;
             let len = i64::try_from(HEADER_BYTES + capacity_bytes)
                 .map_err(|_| MapError::Capacity { capacity_bytes })?;
             let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
@@ -127,13 +176,22 @@ mod mapped {
             if !seals.contains(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW) {
                 return Err(MapError::NotSealed);
             }
+            Self::open_unsealed(fd)
+        }
+
+        /// As [`open`](Self::open), for memory that whoever may write to it can cut off; after that, an access
+        /// beyond its end ends this process (SIGBUS). For a producer, which rests on the bridge anyway; a
+        /// consumer never does this.
+        pub(in super::super) fn open_unsealed(
+            fd: BorrowedFd<'_>,
+        ) -> Result<(Self, usize), MapError> {
             let len = fstat(fd).map_err(os("examine"))?.st_size;
             let len = usize::try_from(len).unwrap_or(0);
             let capacity_bytes = len.saturating_sub(HEADER_BYTES);
-            check_capacity(capacity_bytes)?;
+            super::check_capacity(capacity_bytes)?;
             let map = MmapOptions::new().len(len).map_raw(fd.as_raw_fd());
-            let memory = Self(map.map_err(io_error("map"))?);
-            memory.protect()?;
+            let memory = Self(map.map_err(super::io_error("map"))?);
+            super::protect(&memory.0)?;
             Ok((memory, capacity_bytes))
         }
 
@@ -154,50 +212,14 @@ mod mapped {
             // - The pointer is aligned: the mapping begins at a page.
             // - It is valid for reads and writes of `words * 8` bytes, which are one mapping, for
             //   as long as `self`: the mapping is read-write, and the seals, checked in `open`,
-            //   keep the file behind it from shrinking. They are far fewer than `isize::MAX`.
+            //   keep the file behind it from shrinking. Where there are none (`open_unsealed`), an access
+            //   beyond the file's end has no result at all: the kernel ends the process. They are far fewer
+            //   than `isize::MAX`.
             // - Every bit pattern is an `AtomicU64`, and the kernel gives initialised pages.
             // - This side's accesses are atomic, or the volatile ones of `copy`: all come through here.
             //   Another process cannot break the rules of this one's memory; to it a word is a word
             //   that may change at any time, which is what an atomic is.
             unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), words) }
-        }
-
-        /// Keeps key out of core dumps, and out of swap where the lock limit allows.
-        fn protect(&self) -> Result<(), MapError> {
-            self.0
-                .advise(Advice::DontDump)
-                .map_err(io_error("protect"))?;
-            let locked = self.0.lock().map_err(|error| errno_of(&error));
-            match locked {
-                // The limit is for the key pool; what passes through here stays a moment.
-                Ok(()) | Err(Errno::ENOMEM | Errno::EPERM | Errno::EAGAIN) => Ok(()),
-                Err(source) => Err(MapError::Os {
-                    step: "lock",
-                    source,
-                }),
-            }
-        }
-    }
-
-    fn check_capacity(capacity_bytes: usize) -> Result<(), MapError> {
-        let fits = (MIN_CAPACITY_BYTES..=MAX_CAPACITY_BYTES).contains(&capacity_bytes);
-        if fits && capacity_bytes.is_power_of_two() {
-            Ok(())
-        } else {
-            Err(MapError::Capacity { capacity_bytes })
-        }
-    }
-
-    fn errno_of(error: &io::Error) -> Errno {
-        error
-            .raw_os_error()
-            .map_or(Errno::UnknownErrno, Errno::from_raw)
-    }
-
-    fn io_error(step: &'static str) -> impl FnOnce(io::Error) -> MapError {
-        move |error| MapError::Os {
-            step,
-            source: errno_of(&error),
         }
     }
 
@@ -243,6 +265,12 @@ mod modelled {
         }
 
         pub(in super::super) fn open(_: BorrowedFd<'_>) -> Result<(Self, usize), MapError> {
+            Err(MapError::NotSealed)
+        }
+
+        pub(in super::super) fn open_unsealed(
+            _: BorrowedFd<'_>,
+        ) -> Result<(Self, usize), MapError> {
             Err(MapError::NotSealed)
         }
     }

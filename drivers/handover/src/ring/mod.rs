@@ -5,6 +5,10 @@
 //! language (`include/qkd_ring.h`), and may be faulty or hostile: whatever it writes, the consumer
 //! reads valid records or stops with a [`RingFault`].
 //!
+//! A ring may also be a file that producers find by its name ([`Consumer::in_file`],
+//! [`Producer::attach_file`]). Such memory cannot be sealed; the consumer reads and writes it by system
+//! calls, so that a producer that cuts it off ends its ring and nothing else.
+//!
 //! # Layout
 //!
 //! All integers are little-endian, all fields naturally aligned.
@@ -24,6 +28,7 @@
 //! | 0x100 | u64 read position | consumer |
 //! | 0x110 | u64 highest block number that is durable; 2^64 - 1 if none is | consumer |
 //! | 0x118 | u64 session that the durable number belongs to; 0 if none is known | consumer |
+//! | 0x140 | in a file: copies of 0x100, 0x110 and 0x118, 0x40 further on; else 0 | consumer |
 //! | 0x180 | u32 need-wakeup, u32 0 | consumer |
 //! | 0x1000 | data, `capacity` bytes | both |
 //!
@@ -56,16 +61,21 @@
 
 mod consumer;
 mod copy;
+mod fault;
 pub mod greeting;
 mod memory;
 mod producer;
+mod reach;
 mod sync;
 #[cfg(test)]
 mod tests;
 
-pub use consumer::{Consumer, ProducerStatus, ReadError, Record, RingFault};
+pub use consumer::{Consumer, ProducerStatus, Record};
+pub use fault::{ReadError, RingFault};
 pub use memory::MapError;
 pub use producer::{AttachError, Harm, Producer, WriteError};
+
+use std::path::{Path, PathBuf};
 
 use crate::block;
 
@@ -90,6 +100,27 @@ pub const MIN_CAPACITY_BYTES: usize = 4096;
 /// Largest ring, in bytes of data.
 pub const MAX_CAPACITY_BYTES: usize = 1 << 30;
 
+/// Bytes of a ring in a file that tell which one it is.
+pub const IDENTITY_BYTES: usize = 32;
+
+/// The generation of the ring that begins with these bytes; `None` if they are no ring's of this version.
+#[must_use]
+pub fn generation_in(head: &[u8; IDENTITY_BYTES]) -> Option<u64> {
+    let words: [u64; 4] = std::array::from_fn(|i| {
+        let bytes = head[8 * i..].first_chunk().copied();
+        u64::from_le_bytes(bytes.unwrap_or_default())
+    });
+    (words[0] == u64::from_le_bytes(MAGIC) && words[1] == VERSION_WORD).then_some(words[3])
+}
+
+/// The FIFO of a ring in a file: beside it, with the ring's generation, in decimal, behind a dot.
+#[must_use]
+pub fn fifo_path(ring: &Path, generation: u64) -> PathBuf {
+    let mut path = ring.as_os_str().to_owned();
+    path.push(format!(".{generation}"));
+    path.into()
+}
+
 /// Where the header's words are, in bytes.
 mod at {
     pub(super) const MAGIC: usize = 0x000;
@@ -109,6 +140,9 @@ mod at {
     /// writes it.
     pub(super) const NEED_WAKEUP: usize = 0x180;
 }
+
+/// In a file, a word of the consumer's line stands once more so many bytes further on.
+const COPY_BYTES: usize = 0x40;
 
 const KIND_KEY: u32 = 1;
 const KIND_STATUS: u32 = 2;

@@ -5,8 +5,8 @@ use std::{num::NonZeroU64, os::fd::BorrowedFd};
 use zeroize::Zeroizing;
 
 use super::{
-    KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER, RECORD_ALIGN_BYTES,
-    RECORD_HEADER_BYTES, VERSION_WORD, at, checked_head,
+    COPY_BYTES, KIND_END, KIND_KEY, KIND_STATUS, MAGIC, MAX_PAYLOAD_BYTES, NO_NUMBER,
+    RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, VERSION_WORD, at, checked_head,
     greeting::Greeting,
     memory::{MapError, Memory},
     record_bytes,
@@ -22,6 +22,8 @@ use crate::{
 pub struct Producer {
     memory: Memory,
     capacity_bytes: usize,
+    /// The consumer's words stand twice.
+    in_file: bool,
     generation: u64,
     session: NonZeroU64,
     write_pos: u64,
@@ -109,6 +111,43 @@ impl Producer {
         Self::over(memory, capacity_bytes, greeting.generation, session)
     }
 
+    /// As [`attach`](Self::attach), to a ring in a file; also returns the greeting, which its header holds.
+    /// Lock the file (`flock`) and open its FIFO before, so that no other producer writes to it and the
+    /// consumer hears when this one is gone.
+    ///
+    /// # Errors
+    ///
+    /// See [`AttachError`]; nothing was written. A ring that another producer has used is refused: the
+    /// consumer puts a new one in its place.
+    pub fn attach_file(
+        fd: BorrowedFd<'_>,
+        session: NonZeroU64,
+    ) -> Result<(Self, Greeting), AttachError> {
+        let (memory, capacity_bytes) = Memory::open_unsealed(fd)?;
+        // ORDERING: Acquire, as in `durable`; the rest was written before the file had a name.
+        let word = |offset| memory.word(offset).load(Ordering::Acquire);
+        let said = |field, offset| {
+            let value = word(offset);
+            let is_whole = value == word(offset + COPY_BYTES);
+            is_whole
+                .then_some(value)
+                .ok_or(AttachError::Header { field })
+        };
+        if word(at::SESSION) != 0 {
+            return Err(AttachError::Header { field: "session" });
+        }
+        let durable_session = said("durable number's session", at::DURABLE_SESSION)?;
+        let last_durable = said("durable number", at::DURABLE)?;
+        let greeting = Greeting {
+            generation: word(at::GENERATION),
+            last_durable: (last_durable != NO_NUMBER).then_some(last_durable),
+            session: durable_session,
+        };
+        let mut producer = Self::over(memory, capacity_bytes, greeting.generation, session)?;
+        producer.in_file = true;
+        Ok((producer, greeting))
+    }
+
     pub(super) fn over(
         memory: Memory,
         capacity_bytes: usize,
@@ -137,6 +176,7 @@ impl Producer {
         Ok(Self {
             memory,
             capacity_bytes,
+            in_file: false,
             generation,
             session,
             write_pos: 0,
@@ -190,21 +230,29 @@ impl Producer {
     }
 
     /// The highest block number of this session that the consumer holds durably: it and all before may
-    /// be forgotten.
+    /// be forgotten. `None` says nothing new.
     #[must_use]
     pub fn durable(&self) -> Option<u64> {
         // ORDERING: Acquire pairs with the Release store in `Consumer::begin_session`: a number that was
         // left from the session before is not seen after this.
-        let session = self
-            .memory
-            .word(at::DURABLE_SESSION)
-            .load(Ordering::Acquire);
+        let session = self.heard(at::DURABLE_SESSION, Ordering::Acquire)?;
         if session != self.session.get() {
             return None;
         }
         // ORDERING: Relaxed; within a session the word stands by itself, see `Consumer::set_durable`.
-        let number = self.memory.word(at::DURABLE).load(Ordering::Relaxed);
+        let number = self.heard(at::DURABLE, Ordering::Relaxed)?;
         (number != NO_NUMBER).then_some(number)
+    }
+
+    /// A word of the consumer's; `None` while it is being written, which takes a moment in a file.
+    fn heard(&self, offset_bytes: usize, order: Ordering) -> Option<u64> {
+        let value = self.memory.word(offset_bytes).load(order);
+        if self.in_file {
+            // ORDERING: as the first; what was read before is older than both.
+            let copy = self.memory.word(offset_bytes + COPY_BYTES).load(order);
+            return (copy == value).then_some(value);
+        }
+        Some(value)
     }
 
     /// Whether the consumer has read everything. That it has does not make it durable.
@@ -321,7 +369,9 @@ impl Producer {
     fn look_at_reader(&mut self) -> Result<(), WriteError> {
         // ORDERING: Acquire pairs with the Release store in `Consumer::consume`: its wiping of the
         // room happens before our writing to it.
-        let read_pos = self.memory.word(at::READ_POS).load(Ordering::Acquire);
+        let Some(read_pos) = self.heard(at::READ_POS, Ordering::Acquire) else {
+            return Ok(());
+        };
         if read_pos < self.read_seen || read_pos > self.write_pos {
             return Err(WriteError::ReadPosition {
                 read_pos,

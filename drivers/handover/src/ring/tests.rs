@@ -1,5 +1,7 @@
 //! Both halves over one memory, a producer that breaks every rule, and the orderings under loom.
 
+#[cfg(not(loom))]
+mod in_file;
 #[cfg(loom)]
 mod orderings;
 
@@ -123,11 +125,11 @@ mod mapped {
         assert_eq!(producer.durable(), Some(77));
         assert_eq!(
             consumer.producer_status(),
-            ProducerStatus {
+            Ok(ProducerStatus {
                 heartbeat_ns: 11,
                 state: Some(ModuleState::Fault),
                 dropped_blocks: 12
-            }
+            })
         );
     }
 

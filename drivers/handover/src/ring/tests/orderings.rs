@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 
 use loom::{sync::Arc, thread};
 
-use super::super::{memory::Memory, *};
+use super::super::{memory::Memory, reach::Reach, *};
 use crate::block::BlockHeader;
 
 /// Two records.
@@ -14,7 +14,7 @@ const GENERATION: u64 = 1;
 
 fn ring() -> (Consumer, Producer) {
     let memory = Memory::model(CAPACITY);
-    let consumer = Consumer::over(memory.clone(), CAPACITY, GENERATION, 0);
+    let consumer = Consumer::over(Reach::Sealed(memory.clone()), CAPACITY, GENERATION, 0).unwrap();
     let producer = Producer::over(memory, CAPACITY, GENERATION, NonZeroU64::MIN).unwrap();
     (consumer, producer)
 }
