@@ -116,9 +116,9 @@ impl Module {
     }
 }
 
-/// Blocks that are not durable at a consumer, at most. A node takes a key that the other end does not
-/// have for lost once that end has told of 64 others since, so the two must not be further apart.
-const AHEAD_MAX: u64 = 56;
+/// Blocks that are not durable at a consumer, at most: 32 MiB of 64 KiB each. A node that has credit for
+/// fewer takes fewer.
+const AHEAD_MAX: u64 = 512;
 
 /// Hands the same blocks over to all modules, as fast as the slowest consumer takes them: each block
 /// to all of them before the next, as the two ends of a module pair do.

@@ -59,7 +59,7 @@ impl LinkSync {
                 continue;
             };
             let late = now.since(announced.first) > UNMATCHED_TTL;
-            if !pair.theirs.contains_key(id) && (late || pair.is_overtaken(held)) {
+            if !pair.theirs.contains_key(id) && (late || pair.is_overtaken(now, held)) {
                 gone.push(id.clone());
             } else if now.since(announced.last) >= 2 * RESEND_AFTER {
                 again.push(id.clone());

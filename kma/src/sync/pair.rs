@@ -16,8 +16,12 @@ use crate::{
     io::Settlement, ranges::RangeSet, record::StopReason, used::UsedIds, wire::DropReason,
 };
 
-/// A QKD-key that the peer lacks, when it has so many that came in here later, is dropped.
+/// A QKD-key that the peer lacks, when it has so many that came in here later, is dropped, ...
 const LATER_MAX: usize = 64;
+
+/// ... but not sooner than this: of a fast module so many are a matter of milliseconds, by which the two
+/// ends of a pair may well be apart.
+const OVERTAKEN_AFTER: Duration = Duration::from_secs(1);
 
 /// A QKD-key that the peer has not announced in this time, while connected, is dropped.
 pub(super) const UNMATCHED_TTL: Duration = Duration::from_secs(120);
@@ -219,7 +223,11 @@ impl Pair {
 
     /// Whether the peer, which has announced all it holds, has so many later ones that it will not
     /// have this one any more.
-    pub(super) fn is_overtaken(&self, held: &Held) -> bool {
+    pub(super) fn is_overtaken(&self, now: Mono, held: &Held) -> bool {
+        let announced = held.announced.map(|announced| announced.first);
+        if announced.is_none_or(|first| now.since(first) < OVERTAKEN_AFTER) {
+            return false;
+        }
         let earliest = self.latest.first().filter(|_| self.theirs_complete);
         self.latest.len() >= LATER_MAX && earliest.is_some_and(|&at| held.arrival < at)
     }
