@@ -200,6 +200,25 @@ pub enum AlarmCode {
     },
 }
 
+impl AlarmCode {
+    /// What the alarm is called: the module's own by the module's code, which may be any text.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Module { code } => code,
+            Self::CannotQuarantine { .. } => "cannot-quarantine",
+            Self::CannotSettle { .. } => "cannot-settle",
+            Self::StrangerConnected { .. } => "stranger-connected",
+            Self::RingNotSealed => "ring-not-sealed",
+            Self::CannotKeepJournal { .. } => "cannot-keep-journal",
+            Self::FileReplaced { .. } => "file-replaced",
+            Self::DeviceRefuses { .. } => "device-refuses",
+            Self::KeyManagerRefuses { .. } => "key-manager-refuses",
+            Self::CannotKeepNumbering { .. } => "cannot-keep-numbering",
+        }
+    }
+}
+
 /// Why a block was not delivered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

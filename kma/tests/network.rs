@@ -86,11 +86,29 @@ fn a_qkd_key_that_one_end_lacks_yields_nothing_and_is_dropped() {
     for id in 1..80 {
         net.deliver_both("alice", "bob", id, 64);
     }
-    net.run(10);
+    net.run(30);
     assert_eq!(
         net.nodes[&node("alice")].settled.get(&orphan),
         Some(&Settlement::Dropped)
     );
+    net.check_books();
+}
+
+#[test]
+fn a_qkd_key_that_comes_to_one_end_after_many_later_ones_is_agreed_all_the_same() {
+    let mut net = two();
+    let late = qkd_key("alice-bob", "0");
+    net.deliver(&node("alice"), &late, &[1; 512]);
+    for id in 1..80 {
+        net.deliver_both("alice", "bob", id, 64);
+    }
+    net.run(10);
+    net.deliver(&node("bob"), &late, &[1; 512]);
+    net.run(60);
+    for end in ["alice", "bob"] {
+        let settled = net.nodes[&node(end)].settled.get(&late);
+        assert_eq!(settled, Some(&Settlement::Stored), "{end}");
+    }
     net.check_books();
 }
 

@@ -24,6 +24,10 @@ pub struct NodeConfig {
     /// Whether key memory that cannot be locked may be used all the same.
     #[serde(default)]
     pub allow_unlocked_memory: bool,
+    /// Whether key memory is made present when the node starts, all of it, instead of page by page
+    /// when it is first used.
+    #[serde(default)]
+    pub populate_key_memory: bool,
     /// A core that the pipeline's stage stays on; without it, the system chooses.
     #[serde(default)]
     pub stage_core: Option<usize>,

@@ -401,14 +401,20 @@ async fn listen(address: &str) -> Result<TcpListener, NodeError> {
 /// module that delivers without end never takes the memory in which keys are agreed and supplied.
 fn key_memory(config: &Config) -> Result<(Pool, Pool), PoolError> {
     let half = || {
-        Pool::new(PoolConfig {
+        let pool = Pool::new(PoolConfig {
             capacity_bytes: (config.node.key_memory_mib.get_ref() << 20) / 2,
             locking: if config.node.allow_unlocked_memory {
                 Locking::Preferred
             } else {
                 Locking::Required
             },
-        })
+        })?;
+        if config.node.populate_key_memory
+            && let Err(error) = pool.populate()
+        {
+            tracing::warn!(%error, "key memory is not present from the start; it comes as it is used");
+        }
+        Ok(pool)
     };
     Ok((half()?, half()?))
 }

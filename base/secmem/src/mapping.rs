@@ -112,6 +112,11 @@ impl Mapping {
         })
     }
 
+    /// Makes every page present now.
+    pub(crate) fn populate(&self) -> Result<(), Errno> {
+        self.advise(MmapAdvise::MADV_POPULATE_WRITE)
+    }
+
     pub(crate) fn len_bytes(&self) -> usize {
         self.len_bytes.get()
     }
@@ -139,8 +144,8 @@ impl Mapping {
             return Ok(());
         }
         // SAFETY:
-        // - The range is the mapping that `self` owns. The advices used concern dumps, forks and
-        //   the size of pages only; the contents stay.
+        // - The range is the mapping that `self` owns. The advices used concern dumps, forks, presence
+        //   and size of pages only; the contents stay.
         unsafe { madvise(self.base.cast(), self.len_bytes.get(), advice) }
     }
 }

@@ -231,3 +231,16 @@ fn lock_limit_is_checked_at_the_start_and_the_error_names_the_limit_to_set() {
         Err(other) => panic!("{other}"),
     }
 }
+
+#[test]
+fn a_pool_that_was_populated_is_present_zero_and_of_use() {
+    let pool = pool(1 << 20);
+    if let Err(error) = pool.populate() {
+        println!("left out: this kernel does not populate memory: {error}");
+        return;
+    }
+    let key = pool.copy_of(&[7; 4096]).unwrap();
+    assert_eq!(key.expose(), [7; 4096]);
+    let zero = pool.take(4096).unwrap();
+    assert_eq!(zero.expose(), [0; 4096]);
+}

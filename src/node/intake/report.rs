@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use qkd_drivers::{Alarm, AlarmCode, Event, Metric, ModuleState, Value};
+use qkd_drivers::{Alarm, Event, Metric, ModuleState, Value};
 use qkd_keyfile::UnixTime;
 use serde::Serialize;
 
@@ -80,7 +80,7 @@ impl ModuleReport {
     }
 
     pub(super) fn has(&self, alarm: &Alarm) -> bool {
-        self.alarms.contains_key(code(&alarm.code))
+        self.alarms.contains_key(alarm.code.name())
     }
 
     /// Takes in everything that is neither key nor a value.
@@ -133,7 +133,7 @@ impl ModuleReport {
     }
 
     fn alarmed(&mut self, alarm: &Alarm, now: UnixTime) {
-        let code = code(&alarm.code);
+        let code = alarm.code.name();
         if self.alarms.len() >= MAX_KEPT && !self.alarms.contains_key(code) {
             return;
         }
@@ -148,22 +148,9 @@ impl ModuleReport {
     }
 }
 
-/// What an alarm is called; the module's own alarms by the module's code.
-fn code(code: &AlarmCode) -> &str {
-    match code {
-        AlarmCode::Module { code } => code,
-        AlarmCode::CannotQuarantine { .. } => "cannot-quarantine",
-        AlarmCode::CannotSettle { .. } => "cannot-settle",
-        AlarmCode::StrangerConnected { .. } => "stranger-connected",
-        AlarmCode::RingNotSealed => "ring-not-sealed",
-        AlarmCode::CannotKeepNumbering { .. } => "cannot-keep-numbering",
-        _ => "other",
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use qkd_drivers::{Band, Severity};
+    use qkd_drivers::{AlarmCode, Band, Severity};
 
     use super::*;
 
