@@ -51,7 +51,7 @@ pub struct Kma {
 }
 
 /// How often every segment is looked at, to hold the kept sums against.
-const AUDIT_EVERY: Duration = Duration::from_mins(1);
+const AUDIT_EVERY: Duration = Duration::from_secs(60);
 
 /// What every part of the agent works with.
 #[derive(Debug)]
