@@ -5,7 +5,9 @@ mod operate;
 use std::{collections::BTreeMap, time::Duration};
 
 use qkd_kernels::Backend;
-use qkd_keyfile::{AppId, Entropy, LinkId, ModulePairId, Mono, NodeId, Now, StreamId};
+use qkd_keyfile::{
+    AppId, Entropy, LinkId, ModulePairId, Mono, NodeId, Now, SegmentNumber, StreamId,
+};
 
 use crate::{
     RESEND_AFTER, TICK,
@@ -48,6 +50,8 @@ pub struct Kma {
     epoch_period: Option<Duration>,
     epoch_began: Option<Mono>,
     audited: Mono,
+    /// Of each stream, the last suspected segment that was said, if there are more.
+    said_suspected: BTreeMap<StreamId, SegmentNumber>,
 }
 
 /// How often every segment is looked at, to hold the kept sums against.
@@ -132,6 +136,7 @@ impl Kma {
             epoch_period: None,
             epoch_began: None,
             audited: Mono::default(),
+            said_suspected: BTreeMap::new(),
             config,
         }
     }
@@ -381,7 +386,7 @@ impl Kma {
             self.said_pending = now.mono;
             confirm::say_pending(&mut cx, &self.sessions);
             confirm::say_spent(&mut cx, &self.sessions);
-            confirm::say_suspected(&mut cx, &self.sessions);
+            confirm::say_suspected(&mut cx, &self.sessions, &mut self.said_suspected);
             confirm::close_finished(&mut cx);
             cx.store.retain();
         }

@@ -26,7 +26,12 @@ const ASK_EVERY_MAX: Duration = Duration::from_secs(8);
 pub(crate) struct Ceding {
     asked: BTreeMap<NodeId, Asked>,
     said: BTreeMap<NodeId, Mono>,
+    /// When a question was looked at last.
+    looked: BTreeMap<NodeId, Mono>,
 }
+
+/// Questions of one neighbour that come faster are not looked at: an honest one asks once a tick at most.
+const LOOK_EVERY: Duration = Duration::from_millis(25);
 
 /// A question that is open.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +104,12 @@ impl Ceding {
             return;
         };
         taken(cx, peer, acquired);
+        let now = cx.now.mono;
+        let looked = self.looked.get(peer);
+        if looked.is_some_and(|&at| now.since(at) < LOOK_EVERY) {
+            return;
+        }
+        self.looked.insert(peer.clone(), now);
         if cx.store.cessions_told(peer) != (acquired, acquired) {
             return;
         }

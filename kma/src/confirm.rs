@@ -3,7 +3,10 @@
 //! Only the end that numbers a stream's segments confirms and voids them; only the owner of one says
 //! that it is spent. No third node has a say in either.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+};
 
 use qkd_keyfile::{NodeId, SegmentNumber, StreamId, metadata::KeyType};
 
@@ -185,10 +188,35 @@ pub(crate) fn suspected(
     }
 }
 
-/// Segments that others may know, until both ends are done with them.
-pub(crate) fn say_suspected(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
-    for (peer, _, stream, segments) in listed(cx, sessions, |stream| &stream.suspected) {
-        cx.send(&peer, &Message::Suspected { stream, segments });
+/// Segments that others may know, until both ends are done with them: of each stream as many as one message
+/// takes, those after the last that was said.
+pub(crate) fn say_suspected(
+    cx: &mut Cx<'_>,
+    sessions: &BTreeMap<NodeId, Session>,
+    said: &mut BTreeMap<StreamId, SegmentNumber>,
+) {
+    let mut messages = Vec::new();
+    for (id, stream) in &cx.store.state().streams {
+        let peer = id.peer_of(cx.me).cloned();
+        let is_up = |peer: &NodeId| sessions.get(peer).is_some_and(Session::is_up);
+        let Some(peer) = peer.filter(|peer| is_up(peer) && !stream.suspected.is_empty()) else {
+            continue;
+        };
+        let after = said
+            .get(id)
+            .map_or(Bound::Unbounded, |last| Bound::Excluded(*last));
+        let rest = stream.suspected.range((after, Bound::Unbounded));
+        let segments: Vec<_> = rest.copied().take(MAX_ITEMS).collect();
+        match segments.last().filter(|_| segments.len() == MAX_ITEMS) {
+            Some(&last) => said.insert(id.clone(), last),
+            None => said.remove(id),
+        };
+        messages.push((peer, id.clone(), segments));
+    }
+    for (peer, stream, segments) in messages {
+        if !segments.is_empty() {
+            cx.send(&peer, &Message::Suspected { stream, segments });
+        }
     }
 }
 

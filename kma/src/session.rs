@@ -91,6 +91,8 @@ pub(crate) struct Sending {
     /// The batch under AES that goes on, if pad is short.
     pub(crate) batch: Option<Batch>,
     pub(crate) unacknowledged: BTreeMap<u64, SentHop>,
+    /// Hops that the peer cannot take any more, for their pad is void: not said again, never taken.
+    given_up: RangeSet,
 }
 
 /// A hash key, and the pad that it was.
@@ -424,7 +426,9 @@ impl Session {
     /// How a hop of a session is: `None` if the session has ended, else whether the peer has
     /// acknowledged it.
     pub(crate) fn is_taken(&self, (session, sequence): (u64, u64)) -> Option<bool> {
-        (self.id == Some(session)).then(|| !self.sending.unacknowledged.contains_key(&sequence))
+        let sending = &self.sending;
+        let waits = sending.unacknowledged.contains_key(&sequence);
+        (self.id == Some(session)).then(|| !waits && !sending.given_up.contains(sequence))
     }
 
     /// The peer accepted a hop.
@@ -434,7 +438,8 @@ impl Session {
         }
     }
 
-    /// Others may know segments: what was drawn from them for more than one hop is drawn anew.
+    /// Others may know segments: what was drawn from them for more than one hop is drawn anew, and hops
+    /// in flight with their pad are given up.
     pub(crate) fn forget_keys_of(&mut self, stream: &StreamId, segments: &[SegmentNumber]) {
         let of_link = matches!(stream, StreamId::Link(_));
         let known =
@@ -442,6 +447,15 @@ impl Session {
         let sending = &mut self.sending;
         sending.hash_key.take_if(|key| known(&key.spans));
         sending.batch.take_if(|batch| known(batch.spans()));
+        let void = |hop: &SentHop| of_link && segments.iter().any(|n| hop.segments.contains(n));
+        let given_up = &mut sending.given_up;
+        sending.unacknowledged.retain(|&sequence, hop| {
+            let void = void(hop);
+            if void {
+                given_up.insert(sequence, sequence + 1);
+            }
+            !void
+        });
     }
 
     /// Segments that hops in flight carry pad of.

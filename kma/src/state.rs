@@ -239,6 +239,10 @@ impl State {
     fn suspected(&mut self, id: &StreamId, number: SegmentNumber) -> Option<()> {
         let rows = self.streams.get_mut(id)?.suspect(number)?;
         self.freed.extend(rows);
+        // Every received binding is looked at for it.
+        if self.segment(id, number)?.bindings == 0 {
+            return Some(());
+        }
         let unbound = self.unbind(id, number);
         self.streams.get_mut(id)?.bind(number, -unbound)
     }

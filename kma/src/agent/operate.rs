@@ -9,6 +9,7 @@ use crate::{
     operator::{OperatorAct, OperatorAnswer, OperatorOrder, Suspects},
     record::StopReason,
     sync::LinkSync,
+    wire::MAX_ITEMS,
 };
 
 impl Kma {
@@ -81,7 +82,10 @@ impl Kma {
         for unit in suspects.units {
             self.relay.suspect_unit(cx, unit);
         }
-        confirm::say_suspected(cx, &self.sessions);
+        // All of them now, however many.
+        for _ in 0..=void.len() / MAX_ITEMS {
+            confirm::say_suspected(cx, &self.sessions, &mut self.said_suspected);
+        }
         void
     }
 }

@@ -8,7 +8,7 @@ use qkd_secmem::KeyBuf;
 use subtle::ConstantTimeEq;
 
 use super::{UNIT_HEAD_BYTES, next_of};
-use crate::{io::Cx, record::RelayedWay, wire::Message};
+use crate::{io::Cx, record::RelayedWay, store::ReadError, vault::GetError, wire::Message};
 
 /// Which half of the end-to-end check a tag is.
 const ROLE_COMPLETION: &[u8] = b"qkd-bridge/completion/2";
@@ -142,19 +142,21 @@ pub(crate) fn release_again(cx: &mut Cx<'_>, stream: &StreamId, segment: Segment
         return;
     };
     let mut release = [0; 16];
-    let known = cx
-        .store
-        .read(stream, release_span(segment), &mut release)
-        .is_ok();
+    let read = cx.store.read(stream, release_span(segment), &mut release);
+    let stored = cx.store.segment(stream, segment);
+    let is_bound = stored.is_some_and(|stored| stored.bindings > 0);
     let stream = stream.clone();
-    let message = if known {
-        Message::Commit {
+    let message = match read {
+        Ok(()) => Message::Commit {
             stream,
             segment,
             release,
-        }
-    } else {
-        Message::Void { stream, segment }
+        },
+        // It is here, and cannot be read now, or keys out of it are on their way: the destination, which
+        // must not drop it before it has heard of them, asks again.
+        Err(ReadError::Memory(_) | ReadError::Get(GetError::Vault { .. })) => return,
+        Err(_) if is_bound => return,
+        Err(_) => Message::Void { stream, segment },
     };
     cx.send(&peer, &message);
 }

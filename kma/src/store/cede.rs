@@ -27,6 +27,9 @@ impl Store {
         };
         let mut spare_bytes = entry.open_bytes.saturating_sub(keep_bytes);
         let mut missing_bytes = want_bytes;
+        if spare_bytes == 0 || missing_bytes == 0 {
+            return plan;
+        }
         for &number in entry.open.iter().rev().take(SCAN_MAX) {
             let segment = entry.segments.get(&number);
             let Some(segment) = segment.filter(|s| s.is_untouched() && s.bindings == 0) else {

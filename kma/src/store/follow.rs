@@ -154,11 +154,20 @@ impl Store {
                 key_id,
             });
         }
+        let (key_id, segment) = (binding.key_id, binding.span.segment);
+        let is_void = self
+            .segment(&binding.stream, segment)
+            .is_some_and(|segment| segment.is_suspected);
         self.record(Record::BindingReceived {
             source: source.clone(),
             sequence,
             binding,
         });
+        // Nobody is given the key, so nobody ends its wait.
+        if is_void {
+            let source = source.clone();
+            self.record(Record::Forgotten { source, key_id });
+        }
         Ok(())
     }
 }

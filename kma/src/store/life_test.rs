@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use qkd_keyfile::{
-    AppId, Composition, Generation, KeyMetadata, KmaKeyId, KsaKeyId, LinkId, ModuleId, Mono,
-    NodeId, Now, Piece, QkdKeyId, QkdKeyName, StreamId, UnixTime,
+    AppId, Composition, Generation, KeyMetadata, KeySpan, KmaKeyId, KsaKeyId, LinkId, ModuleId,
+    Mono, NodeId, Now, Piece, QkdKeyId, QkdKeyName, StreamId, UnixTime,
     metadata::{
         HashAlgorithm, HashValue, KeyType, KmaKeyMetadata, KsaKeyMetadata, QkdKeyMetadata,
         RelayEncryption, RelayHop, RelayedKeyMetadata, SecurityLevel,
@@ -235,4 +235,32 @@ fn all_26_items_of_table_1_survive_restart_and_compaction() {
             );
         }
     }
+}
+
+#[test]
+fn a_binding_that_comes_after_its_bits_were_suspected_waits_for_nobody() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let (me, peer): (NodeId, NodeId) = (id("alice"), id("bob"));
+    let mut store = open(dir.path());
+    let (_, units) = fill(&mut store, &me, &peer);
+    let segment = qkd_keyfile::SegmentNumber(4);
+    assert!(store.confirm(&units, segment));
+    assert!(store.suspect(&units, segment));
+    let binding = Binding {
+        key_id: KsaKeyId::from_random([9; 16]),
+        stream: units.clone(),
+        span: KeySpan {
+            segment,
+            offset_bytes: 48,
+            len_bytes: 16,
+        },
+        master: id("app-a"),
+        applications: vec![id("app-b")],
+    };
+    store.receive_binding(&peer, 0, binding).unwrap();
+    assert!(store.state().received.is_empty());
+    // So the segment is done with, and closed.
+    assert_eq!(store.segment(&units, segment).unwrap().bindings, 0);
+    assert!(store.stream(&units).unwrap().finished.contains(&segment));
+    assert_eq!(store.inconsistencies(), 0);
 }
