@@ -7,10 +7,11 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use qkd_keyfile::{LinkId, Mono, NodeId, SegmentNumber, StreamId};
+use qkd_keyfile::{Mono, NodeId, SegmentNumber, StreamId};
 
 use crate::{
     RESEND_AFTER,
+    hop::link_stream,
     io::{Alarm, Cx, LinkConfig},
     session::Session,
     stock::PadNeed,
@@ -179,8 +180,4 @@ pub(crate) fn taken(cx: &mut Cx<'_>, peer: &NodeId, next: u64) {
     if let Some(through) = next.checked_sub(1) {
         cx.store.cessions_acknowledged(peer, through);
     }
-}
-
-fn link_stream(cx: &Cx<'_>, peer: &NodeId) -> Option<StreamId> {
-    LinkId::between(cx.me, peer).map(StreamId::Link)
 }

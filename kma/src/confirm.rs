@@ -3,10 +3,7 @@
 //! Only the end that numbers a stream's segments confirms and voids them; only the owner of one says
 //! that it is spent. No third node has a say in either.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Bound,
-};
+use std::{collections::BTreeMap, ops::Bound};
 
 use qkd_keyfile::{NodeId, SegmentNumber, StreamId, metadata::KeyType};
 
@@ -147,7 +144,7 @@ pub(crate) fn spent_taken(
 
 /// What this end answered and the other has not confirmed, and what the other has not acknowledged.
 pub(crate) fn say_pending(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
-    for (peer, _, stream, segments) in listed(cx, sessions, |stream| &stream.answered) {
+    for (peer, _, stream, segments) in listed(cx, sessions, |_, s| first_of(&s.answered)) {
         // A completion that was lost would leave the source waiting until it gives up.
         if matches!(stream, StreamId::EndToEnd { .. }) {
             for &segment in &segments {
@@ -162,7 +159,7 @@ pub(crate) fn say_pending(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>)
 
 /// Segments of this end that are taken to the last byte, with nothing of them in flight.
 pub(crate) fn say_spent(cx: &mut Cx<'_>, sessions: &BTreeMap<NodeId, Session>) {
-    for (peer, session, stream, mut segments) in listed(cx, sessions, |stream| &stream.spent) {
+    for (peer, session, stream, mut segments) in listed(cx, sessions, |_, s| first_of(&s.spent)) {
         let in_flight = session.in_flight();
         segments.retain(|number| !in_flight.contains(number));
         if !segments.is_empty() {
@@ -195,36 +192,32 @@ pub(crate) fn say_suspected(
     sessions: &BTreeMap<NodeId, Session>,
     said: &mut BTreeMap<StreamId, SegmentNumber>,
 ) {
-    let mut messages = Vec::new();
-    for (id, stream) in &cx.store.state().streams {
-        let peer = id.peer_of(cx.me).cloned();
-        let is_up = |peer: &NodeId| sessions.get(peer).is_some_and(Session::is_up);
-        let Some(peer) = peer.filter(|peer| is_up(peer) && !stream.suspected.is_empty()) else {
-            continue;
-        };
-        let after = said
-            .get(id)
-            .map_or(Bound::Unbounded, |last| Bound::Excluded(*last));
+    let after_the_last = |id: &StreamId, stream: &Stream| {
+        let after = said.get(id).copied();
+        let after = after.map_or(Bound::Unbounded, Bound::Excluded);
         let rest = stream.suspected.range((after, Bound::Unbounded));
-        let segments: Vec<_> = rest.copied().take(MAX_ITEMS).collect();
+        let segments = first_of(rest);
         match segments.last().filter(|_| segments.len() == MAX_ITEMS) {
             Some(&last) => said.insert(id.clone(), last),
             None => said.remove(id),
         };
-        messages.push((peer, id.clone(), segments));
-    }
-    for (peer, stream, segments) in messages {
-        if !segments.is_empty() {
-            cx.send(&peer, &Message::Suspected { stream, segments });
-        }
+        segments
+    };
+    for (peer, _, stream, segments) in listed(cx, sessions, after_the_last) {
+        cx.send(&peer, &Message::Suspected { stream, segments });
     }
 }
 
-/// Of every stream with a node that is there, the first segments of a list, unless there are none.
+/// As many as one message takes.
+fn first_of<'n>(segments: impl IntoIterator<Item = &'n SegmentNumber>) -> Vec<SegmentNumber> {
+    segments.into_iter().take(MAX_ITEMS).copied().collect()
+}
+
+/// Of every stream with a node that is there, some segments, unless there are none.
 fn listed<'s>(
     cx: &Cx<'_>,
     sessions: &'s BTreeMap<NodeId, Session>,
-    list: impl Fn(&Stream) -> &BTreeSet<SegmentNumber>,
+    mut some: impl FnMut(&StreamId, &Stream) -> Vec<SegmentNumber>,
 ) -> Vec<(NodeId, &'s Session, StreamId, Vec<SegmentNumber>)> {
     let mut found = Vec::new();
     for (id, stream) in &cx.store.state().streams {
@@ -232,8 +225,11 @@ fn listed<'s>(
         let Some((peer, session)) = peer.and_then(|peer| sessions.get_key_value(peer)) else {
             continue;
         };
-        let segments: Vec<_> = list(stream).iter().copied().take(MAX_ITEMS).collect();
-        if session.is_up() && !segments.is_empty() {
+        if !session.is_up() {
+            continue;
+        }
+        let segments = some(id, stream);
+        if !segments.is_empty() {
             found.push((peer.clone(), session, id.clone(), segments));
         }
     }

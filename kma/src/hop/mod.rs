@@ -82,7 +82,8 @@ pub(crate) struct Leg<'a> {
     pub(crate) falls_back: bool,
 }
 
-fn link_stream(cx: &Cx<'_>, peer: &NodeId) -> Option<StreamId> {
+/// The stream of the link with a node.
+pub(crate) fn link_stream(cx: &Cx<'_>, peer: &NodeId) -> Option<StreamId> {
     LinkId::between(cx.me, peer).map(StreamId::Link)
 }
 
